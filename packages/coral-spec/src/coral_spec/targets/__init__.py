@@ -1,0 +1,7 @@
+"""Target models: hub ids, folders, GGUF files and the aliases that come from the package index."""
+
+from __future__ import annotations
+
+from coral_spec.targets.target import Target, make_target
+
+__all__ = ["Target", "make_target"]
