@@ -75,8 +75,8 @@ def truncate(path: Path, after_step: int) -> None:
 
     if not Path(path).exists():
         return
-    kept = [line for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
-    kept = [line for number, line in enumerate(kept, 1) if _parse(line, path, number)["step"] <= after_step]
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    kept = [line for number, line in enumerate(lines, 1) if _parse(line, path, number)["step"] <= after_step]
     write_text(Path(path), "".join(line + "\n" for line in kept))
 
 

@@ -1,0 +1,30 @@
+"""What every test gets: one thread, no surprise downloads, and GPU tests only with a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before anything imports torch: the tests' tensors are tiny, and threads that wait for each other cost more
+# than they bring. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip `gpu` tests where CUDA is absent, unless EXPKIT_REQUIRE_GPU says that this is a mistake."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("EXPKIT_REQUIRE_GPU") == "1":
+        raise pytest.UsageError("EXPKIT_REQUIRE_GPU=1, but CUDA is not available")
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
