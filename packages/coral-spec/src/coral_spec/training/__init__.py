@@ -1,0 +1,1 @@
+"""Training drafters: the target answers prompts (`data`), a drafter learns to predict its features (`trainer`)."""
