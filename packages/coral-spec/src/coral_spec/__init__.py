@@ -11,13 +11,15 @@ __version__ = "0.1.0"
 __all__ = ["Conversation", "Generation", "Model", "Statistics", "TreeShape", "__version__", "load"]
 
 if TYPE_CHECKING:
-    from coral_spec.model import Conversation, Generation, Model, load
+    from coral_spec.answer import Generation
+    from coral_spec.conversation import Conversation
+    from coral_spec.model import Model, load
     from coral_spec.statistics import Statistics
     from coral_spec.tree import TreeShape
 
 _HOMES = {
-    "Conversation": "model",
-    "Generation": "model",
+    "Conversation": "conversation",
+    "Generation": "answer",
     "Model": "model",
     "Statistics": "statistics",
     "TreeShape": "tree",

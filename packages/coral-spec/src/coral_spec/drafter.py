@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from expkit.checkpoint import atomic_path, load_tensors, save_tensors
-from expkit.errors import UsageError
 from torch import Tensor, nn
 from torch.nn import functional
+
+from expkit.checkpoint import atomic_path, load_tensors, save_tensors
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     from coral_spec.targets import Target
@@ -97,7 +98,11 @@ class DrafterConfig:
     def to_json(self) -> str:
         """``config.json``: a one-layer Llama, with what is ours under the key ``coral_spec``."""
         sizes = asdict(self)
-        ours = {"format": FORMAT, "target": sizes.pop("target"), "tokenizer_hash": sizes.pop("tokenizer_hash")}
+        ours = {
+            "format": FORMAT,
+            "target": sizes.pop("target"),
+            "tokenizer_hash": sizes.pop("tokenizer_hash"),
+        }
         llama = {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -1,0 +1,161 @@
+"""The target as the engine sees it: tree-masked forwards to hidden states, and the head on chosen rows.
+
+Model classes stay unmodified: a 4-D mask (or a mask per layer type), explicit positions and our cache are all that
+is passed. Hidden states are those after the final norm, the head's input, which is what drafters read. Ours.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from coral_spec.cache import StaticCache
+from coral_spec.masks import additive, chain_ancestors, visibility, within_window
+from expkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from coral_spec.targets import Target
+
+# Held by the test suite; any other architecture is compared with its own plain forward when it is first loaded.
+HELD = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+
+class Backbone:
+    """A target's decoder and head.
+
+    Attributes:
+        target: the loaded model.
+        hidden_size: width of the features.
+        vocab_size: rows of the head.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.config: Any = target.model.config.get_text_config()
+        decoder = target.model.get_decoder()
+        head = target.model.get_output_embeddings()
+        if decoder is None or head is None:
+            raise UsageError(f"{target.name} ({self.config.model_type}) has no separate decoder and head to draft for")
+        self.decoder, self.output = decoder, head
+        self.embedding = target.model.get_input_embeddings()
+        self.hidden_size, self.vocab_size = int(head.weight.shape[1]), int(head.weight.shape[0])
+        self._windows = _windows(self.config)
+        if self.config.model_type not in HELD:
+            self._probe()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings as the target itself reads them (Gemma's are scaled): ``(..., hidden)``."""
+        return self.embedding(tokens)  # type: ignore[no-any-return]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``(..., vocab)`` of features ``(..., hidden)``, in the working dtype."""
+        return self.finish_logits(self.output(hidden))
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """What some architectures do after the head; elementwise, so it holds for a subset of rows too."""
+        scale = getattr(self.config, "logit_scale", None)  # Cohere
+        if scale is not None:
+            logits = logits * scale
+        divisor = getattr(self.config, "logits_scaling", None)  # Granite
+        if divisor is not None:
+            logits = logits / divisor
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor,
+        lengths: Tensor,
+        cache: StaticCache,
+        filled: int,
+    ) -> Tensor:
+        """Hidden states of new nodes written behind the filled prefix.
+
+        Args:
+            tokens, positions: ``(batch, nodes)``.
+            ancestors: bool ``(batch, nodes, nodes)``.
+            lengths: ``(batch,)``, filled prefix per row; node s is written to slot ``lengths + s``.
+            cache: read and written in place.
+            filled: the largest of ``lengths``, known to the host.
+
+        Returns:
+            ``(batch, nodes, hidden)``.
+        """
+        nodes = tokens.shape[1]
+        keys = min(cache.capacity, -(-(filled + nodes) // 64) * 64)
+        cache.aim(lengths[:, None] + torch.arange(nodes, device=tokens.device), keys)
+        visible = visibility(ancestors, lengths, keys)
+        positions = positions.clamp(max=self.target.context_length - 1)
+        output = self.decoder(
+            input_ids=tokens,
+            position_ids=positions,
+            attention_mask=self._mask(visible, positions, lengths),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _mask(self, visible: Tensor, positions: Tensor, lengths: Tensor) -> Tensor | dict[str, Tensor]:
+        dtype = self.target.dtype
+
+        def mask(window: int | None) -> Tensor:
+            if window is None:
+                return additive(visible, dtype)
+            return additive(within_window(visible, positions, lengths, window), dtype)
+
+        if isinstance(self._windows, dict):
+            return {kind: mask(window) for kind, window in self._windows.items()}
+        return mask(self._windows)
+
+    def _probe(self) -> None:
+        """Refuse an architecture whose cached, tree-masked forward is not its own plain forward."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, min(self.vocab_size, 1000), (1, 8), generator=generator).to(self.target.device)
+        name = f"{self.target.name} ({self.config.model_type})"
+        try:
+            with torch.inference_mode():
+                plain = self.target.model(input_ids=ids, use_cache=False).logits.float()
+                cache = StaticCache(64)
+                parts = [self._chain(ids[:, :5], 0, cache), self._chain(ids[:, 5:], 5, cache)]
+                ours = self.head(torch.cat(parts, dim=1)).float()
+        except Exception as error:
+            raise UsageError(f"{name} cannot verify trees: {type(error).__name__}: {_first_line(error)}") from error
+        scale = float(plain.std().clamp(min=1.0))
+        error_size = float((plain - ours).abs().max()) / scale
+        if not error_size < PROBE_TOLERANCE.get(self.target.dtype, 0.25):
+            raise UsageError(
+                f"{name} cannot verify trees: its logits with an explicit cache and mask differ from its own "
+                f"by {error_size:.3g} standard deviations"
+            )
+
+    def _chain(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
+        length = tokens.shape[1]
+        lengths = torch.tensor([start], device=tokens.device)
+        positions = lengths[:, None] + torch.arange(length, device=tokens.device)
+        ancestors = chain_ancestors(1, length, tokens.device)
+        return self.forward(tokens, positions, ancestors, lengths, cache, start)
+
+
+def _windows(config: Any) -> int | dict[str, int | None] | None:
+    """The attention window of every layer, or one per layer type where layers differ."""
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return window
+    windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
+    if set(windows) == {"full_attention"}:
+        return None
+    return windows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:160]

@@ -1,0 +1,116 @@
+"""A static key-value cache with explicit write positions and in-place commit of an accepted path.
+
+transformers' own static cache writes where its running length stands and keeps sliding layers short, so a tree of
+candidates can neither be placed nor verified past the window. Here every layer is full length, the window lives in
+the attention mask (`coral_spec.masks`), and the caller says which slots are written. Ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class SlotStore:
+    """Keys and values of one layer, ``(batch, kv_heads, capacity, head_dim)`` each, allocated at the first write."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def write(self, key: Tensor, value: Tensor, slots: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Write ``(batch, kv_heads, new, head_dim)`` to ``slots (batch, new)``; return the first ``visible`` slots."""
+        if self.keys is None or self.values is None:
+            shape = (*key.shape[:2], self.capacity)
+            self.keys = key.new_zeros((*shape, key.shape[3]))
+            self.values = value.new_zeros((*shape, value.shape[3]))
+        _scatter(self.keys, slots, key)
+        _scatter(self.values, slots, value)
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Copy slots ``source (batch, n)`` to ``destination (batch, n)``; reads happen before writes."""
+        for states in (self.keys, self.values):
+            if states is not None:
+                _scatter(states, destination, _gather(states, source))
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """Room for ``batch`` rows of ``capacity`` slots, keeping the first ``filled``.
+
+        A single row is repeated; surplus rows are dropped.
+        """
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            if old is not None:
+                new = old.new_zeros((batch, old.shape[1], capacity, old.shape[3]))
+                new[:, :, :filled] = old[:batch, :, :filled]
+                setattr(self, name, new)
+        self.capacity = capacity
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(states.nbytes for states in (self.keys, self.values) if states is not None)
+
+
+def _scatter(states: Tensor, slots: Tensor, new: Tensor) -> None:
+    if slots.shape[0] == 1:
+        states.index_copy_(2, slots[0], new)
+    else:
+        states.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+
+
+def _gather(states: Tensor, slots: Tensor) -> Tensor:
+    if slots.shape[0] == 1:
+        return states.index_select(2, slots[0])
+    heads, size = states.shape[1], states.shape[3]
+    return states.gather(2, slots[:, None, :, None].expand(-1, heads, -1, size))
+
+
+class StaticCache(Cache):
+    """All layers of a target, as a transformers cache for unmodified model classes.
+
+    Set :meth:`aim` before a forward; the model then calls :meth:`update` layer by layer.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.capacity = capacity
+        self.stores: dict[int, SlotStore] = {}
+        self._slots: Tensor = torch.empty(0)
+        self._visible = 0
+
+    def aim(self, slots: Tensor, visible: int) -> None:
+        """Where the next forward writes, ``(batch, new)``, and how many leading slots its attention reads."""
+        self._slots, self._visible = slots, visible
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by attention layers: keys and values ``(batch, kv_heads, new, head_dim)``."""
+        store = self.stores.get(layer_idx)
+        if store is None:
+            store = self.stores[layer_idx] = SlotStore(self.capacity)
+        return store.write(key_states, value_states, self._slots, self._visible)
+
+    def move(self, source: Tensor, destination: Tensor) -> None:
+        """Commit an accepted path: see :meth:`SlotStore.move`."""
+        for store in self.stores.values():
+            store.move(source, destination)
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """See :meth:`SlotStore.resize`."""
+        self.capacity = capacity
+        for store in self.stores.values():
+            store.resize(batch, capacity, filled)
+
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(store.nbytes() for store in self.stores.values())
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Zero: positions and masks are always passed explicitly, so no model needs to derive them from here."""
+        return 0

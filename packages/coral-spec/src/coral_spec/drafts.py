@@ -1,0 +1,247 @@
+"""Where candidates come from: a trained drafter, the text so far (n-gram look-up), or nowhere (plain decoding)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from coral_spec.backbone import Backbone
+from coral_spec.cache import SlotStore
+from coral_spec.drafter import Drafter
+from coral_spec.heads import ProposalHead
+from coral_spec.masks import additive, chain_ancestors, visibility
+from coral_spec.statistics import Stopwatch
+from coral_spec.tree import Pool, Tree, TreeShape
+
+PREFILL_CHUNK = 512
+
+
+class Draft(Protocol):
+    """A source of candidates for every row of a batch.
+
+    Attributes:
+        depth: levels of its trees; 0 for plain decoding.
+        slack: cache slots needed behind the filled prefix.
+    """
+
+    depth: int
+    slack: int
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """Make room for ``batch`` rows (a single row is repeated) of ``capacity`` slots, keeping ``filled``."""
+        ...
+
+    def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
+        """Learn what the target has committed.
+
+        Args:
+            tokens: ``(batch, n)``, the token after each feature.
+            features: ``(batch, n, hidden)``, the target's, from index ``starts`` on.
+            starts, counts: ``(batch,)``, first index and number of valid entries per row.
+            filled: the largest of ``starts``, known to the host.
+        """
+        ...
+
+    def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
+        """A tree under the newest token.
+
+        Args:
+            history: tokens by position, ``(batch, capacity)``; the root stands at ``lengths``.
+            lengths: ``(batch,)``, tokens in the target's cache.
+            filled: the largest of ``lengths``, known to the host.
+            watch: takes the laps ``drafter`` and ``head``.
+        """
+        ...
+
+
+class NoDraft:
+    """Plain decoding by the same engine."""
+
+    depth = 0
+    slack = 1
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """Nothing is kept."""
+
+    def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
+        """Nothing is learnt."""
+
+    def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
+        """The root alone."""
+        return Tree.root_only(history.gather(1, lengths[:, None])[:, 0])
+
+
+class NgramDraft:
+    """Prompt look-up: continuations of earlier occurrences of the newest n tokens (Saxena, 2023), as a tree. Ours.
+
+    The ``width`` best occurrences - longest match first, then the latest - each give a chain of ``depth`` tokens;
+    common beginnings are merged. A match that reaches into the newest tokens is continued periodically.
+
+    Args:
+        shape: ``width`` chains of ``depth`` tokens; the budget is not used.
+        longest, shortest: n of the longest and shortest match.
+    """
+
+    def __init__(self, shape: TreeShape, longest: int = 4, shortest: int = 2) -> None:
+        self.depth, self.width = shape.depth, shape.width
+        self.longest, self.shortest = longest, shortest
+        self.slack = self.depth * self.width + 1
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """The engine keeps the history."""
+
+    def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
+        """The engine keeps the history."""
+
+    def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
+        """See :class:`Draft`. Without any match the root alone is verified."""
+        text = history[:, : filled + 1]
+        root = text.gather(1, lengths[:, None])
+        ends, found = self._occurrences(text, lengths)
+        if not bool(found.any()):
+            watch.lap("drafter")
+            return Tree.root_only(root[:, 0])
+        # (batch, width, depth): the token j places after each occurrence, wrapped round its period.
+        step = torch.arange(self.depth, device=text.device)
+        period = (lengths[:, None] - ends).clamp(min=1)
+        index = ends[:, :, None] + 1 + step % period[:, :, None]
+        tokens = text.gather(1, index.flatten(1).clamp(max=filled)).view_as(index)
+        tree = self._merge(root, tokens, found)
+        watch.lap("drafter")
+        return tree
+
+    def _occurrences(self, text: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Last indices ``(batch, width)`` of the best earlier matches of the newest tokens, and which are real."""
+        index = torch.arange(text.shape[1], device=text.device)
+        running = torch.ones_like(text, dtype=torch.bool)
+        matched = torch.zeros_like(text)
+        for back in range(self.longest):
+            newest = text.gather(1, (lengths - back).clamp(min=0)[:, None])
+            shifted = text.roll(back, dims=1)
+            running = running & (shifted == newest) & (index >= back) & (lengths >= back)[:, None]
+            matched = matched + running
+        usable = (matched >= self.shortest) & (index < lengths[:, None])
+        score = torch.where(usable, matched * text.shape[1] + index, -1)
+        best = score.topk(min(self.width, text.shape[1]), dim=1)
+        short = self.width - best.indices.shape[1]
+        pad = torch.nn.functional.pad
+        return pad(best.indices, (0, short)), pad(best.values, (0, short), value=-1) >= 0
+
+    def _merge(self, root: Tensor, tokens: Tensor, found: Tensor) -> Tree:
+        """A trie of chains: a node equal to one of an earlier chain, path and all, is left out."""
+        batch, width, depth = tokens.shape
+        same = (tokens[:, :, None] == tokens[:, None]).cumprod(dim=-1).bool()
+        same = same & found[:, :, None, None] & found[:, None, :, None]
+        # First chain that shares the path down to each level: (batch, width, depth).
+        chains = torch.arange(width, device=tokens.device)
+        owner = torch.where(same, chains[None, None, :, None], width).amin(dim=2).clamp(max=width - 1)
+        valid = found[:, :, None] & (owner == chains[None, :, None])
+        level = torch.arange(1, depth, device=tokens.device)
+        above = torch.cat(
+            [torch.zeros_like(owner[:, :, :1]), owner[:, :, :-1] * depth + level], dim=2
+        )  # slot of node (chain, level) is 1 + chain * depth + level, level counted from 0
+        none = torch.zeros_like(root)
+        return Tree.build(
+            torch.cat([root, tokens.flatten(1)], dim=1),
+            torch.cat([none, above.flatten(1)], dim=1),
+            depth,
+            torch.cat([torch.ones_like(root, dtype=torch.bool), valid.flatten(1)], dim=1),
+        )
+
+
+class _Aimed:
+    """The drafter's key-value store with the slots of the next forward."""
+
+    def __init__(self, capacity: int) -> None:
+        self.slots = SlotStore(capacity)
+        self.where: Tensor = torch.empty(0)
+        self.visible = 0
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.slots.write(key, value, self.where, self.visible)
+
+
+class DrafterDraft:
+    """EAGLE-2's dynamic tree from a trained drafter.
+
+    The drafter's cache entry i holds what it computed from the target's feature i and token i + 1. Drafted entries
+    are written behind the filled prefix and overwritten by the next round.
+    """
+
+    def __init__(self, backbone: Backbone, drafter: Drafter, head: ProposalHead, shape: TreeShape) -> None:
+        self.drafter, self.head, self.shape = drafter, head, shape
+        self.depth = shape.depth
+        self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
+        self._backbone = backbone
+        self._store = _Aimed(0)
+        self._feature: Tensor = torch.empty(0)  # (batch, hidden): predicted for the newest token
+
+    def resize(self, batch: int, capacity: int, filled: int) -> None:
+        """See :class:`Draft`."""
+        self._store.slots.resize(batch, capacity, filled)
+        if self._feature.numel() and self._feature.shape[0] != batch:
+            self._feature = self._feature[:1].expand(batch, -1)
+
+    def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
+        """See :class:`Draft`."""
+        total = tokens.shape[1]
+        for begin in range(0, total, PREFILL_CHUNK):
+            end = min(begin + PREFILL_CHUNK, total)
+            ancestors = chain_ancestors(tokens.shape[0], end - begin, tokens.device)
+            output = self._forward(
+                tokens[:, begin:end], features[:, begin:end], starts + begin, 0, ancestors, filled + begin
+            )
+        last = (counts - 1 - begin)[:, None, None].expand(-1, 1, output.shape[2])
+        self._feature = output.gather(1, last)[:, 0]
+
+    def _forward(
+        self, tokens: Tensor, features: Tensor, lengths: Tensor, offset: int, ancestors: Tensor, filled: int
+    ) -> Tensor:
+        """Entries written ``offset`` slots behind the prefix; ``ancestors (batch, n, offset + n)``."""
+        count = tokens.shape[1]
+        index = lengths[:, None] + torch.arange(count, device=tokens.device)
+        store = self._store
+        store.where = index + offset
+        store.visible = min(store.slots.capacity, -(-(filled + offset + count) // 64) * 64)
+        mask = additive(visibility(ancestors, lengths, store.visible), features.dtype)
+        # A chain's entries follow one another; a tree level's entries all stand at the level's position.
+        level = ancestors.sum(dim=-1) - 1
+        return self.drafter(self._backbone.embed(tokens), features, lengths[:, None] + level, mask, store)  # type: ignore[no-any-return]
+
+    def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
+        """See :class:`Draft`."""
+        shape, width = self.shape, self.shape.width
+        batch, device = lengths.shape[0], lengths.device
+        root = history.gather(1, lengths[:, None])[:, 0]
+        pool = Pool.empty()
+        watch.lap("drafter")
+        scores, tokens = self._children(self._feature[:, None], watch)
+        scores, tokens = scores[:, 0], tokens[:, 0]
+        chosen = torch.arange(width, device=device).expand(batch, -1)
+        pool.add(tokens, scores, torch.full_like(tokens, -1))
+        features = self._feature[:, None].expand(-1, width, -1)
+        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        ancestors = own
+        for level in range(shape.depth - 1):
+            predicted = self._forward(tokens, features, lengths, level * width, ancestors, filled)
+            watch.lap("drafter")
+            log_probs, children = self._children(predicted, watch)
+            totals = (scores[:, :, None] + log_probs).flatten(1)
+            children = children.flatten(1)
+            first = pool.add(children, totals, chosen.repeat_interleave(width, dim=1))
+            if level == shape.depth - 2:
+                break
+            scores, best = totals.topk(width, dim=1)
+            tokens, chosen = children.gather(1, best), first + best
+            above = best // width
+            features = predicted.gather(1, above[:, :, None].expand(-1, -1, predicted.shape[2]))
+            ancestors = ancestors.gather(1, above[:, :, None].expand(-1, -1, ancestors.shape[2]))
+            ancestors = torch.cat([ancestors, own], dim=2)
+        return pool.rerank(root, shape.budget, shape.depth)
+
+    def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+        best = self.head.top(features, min(self.shape.width, self.head.rows))
+        watch.lap("head")
+        return best

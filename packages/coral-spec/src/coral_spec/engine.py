@@ -1,0 +1,162 @@
+"""The decoding loop's state and its rounds: draft, verify, accept, commit. Batched, and free of host decisions.
+
+One round costs one target forward. The host reads a round's tokens once, after everything was launched. Ours; the
+scheme is EAGLE-2's with the acceptance of `coral_spec.sampling`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from coral_spec.backbone import Backbone
+from coral_spec.cache import StaticCache
+from coral_spec.drafts import PREFILL_CHUNK, Draft
+from coral_spec.masks import chain_ancestors
+from coral_spec.sampling import Sampling
+from coral_spec.statistics import Stopwatch
+from coral_spec.tree import Acceptance, accept
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """Tokens of one round, on the host.
+
+    Attributes:
+        tokens: one list per row: accepted draft tokens and the draw after them.
+        logits: the target's logits for the round's tokens ``(batch, depth + 1, vocab)``, if they were asked for.
+    """
+
+    tokens: list[list[int]]
+    logits: Tensor | None
+
+
+class Session:
+    """Caches and positions of one or more rows that share a prompt.
+
+    Attributes:
+        lengths: ``(batch,)``, tokens in the target's cache; the newest token stands behind them in ``history``.
+        history: tokens by position, ``(batch, capacity)``.
+    """
+
+    def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
+        self.backbone, self.draft = backbone, draft
+        self.device = backbone.target.device
+        self.capacity = capacity + draft.slack + draft.depth + 1
+        self.cache = StaticCache(self.capacity)
+        draft.resize(1, self.capacity, 0)
+        self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.history = torch.zeros(1, self.capacity, dtype=torch.long, device=self.device)
+        self.watch = Stopwatch(self.device)
+        self._filled = 0
+        self._levels = torch.arange(draft.depth + 1, device=self.device)
+
+    @property
+    def filled(self) -> int:
+        """The largest of ``lengths``, without asking the device."""
+        return self._filled
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to hold ``capacity`` tokens, keeping what is cached."""
+        needed = capacity + self.draft.slack + self.draft.depth + 1
+        if needed <= self.capacity:
+            return
+        batch, filled = self.history.shape[0], self._filled
+        self.cache.resize(batch, needed, filled)
+        self.draft.resize(batch, needed, filled)
+        self.history = torch.nn.functional.pad(self.history, (0, needed - self.capacity))
+        self.capacity = needed
+
+    def repeat(self, batch: int) -> None:
+        """``batch`` rows equal to the first one."""
+        self.cache.resize(1, self.capacity, self._filled)
+        self.cache.resize(batch, self.capacity, self._filled)
+        self.draft.resize(batch, self.capacity, self._filled)
+        self.lengths = self.lengths[:1].repeat(batch)
+        self.history = self.history[:1].repeat(batch, 1)
+
+    def prefill(self, ids: list[int], keep: int = 0) -> tuple[Tensor, Tensor]:
+        """Run the prompt (single row), reusing the first ``keep`` cached positions.
+
+        Returns:
+            the logits ``(1, vocab)`` after the prompt, and the features ``(1, n, hidden)`` from ``keep`` on.
+        """
+        self.watch.lap("rest")
+        tokens = torch.tensor([ids], device=self.device)
+        self.history[:, : len(ids)] = tokens
+        parts = []
+        for begin in range(keep, len(ids), PREFILL_CHUNK):
+            chunk = tokens[:, begin : begin + PREFILL_CHUNK]
+            starts = torch.tensor([begin], device=self.device)
+            positions = starts[:, None] + torch.arange(chunk.shape[1], device=self.device)
+            ancestors = chain_ancestors(1, chunk.shape[1], self.device)
+            parts.append(self.backbone.forward(chunk, positions, ancestors, starts, self.cache, begin))
+        features = torch.cat(parts, dim=1)
+        logits = self.backbone.head(features[:, -1])
+        self.lengths = torch.tensor([len(ids)], device=self.device)
+        self._filled = len(ids)
+        self.watch.lap("target")
+        return logits, features
+
+    def begin(self, logits: Tensor, features: Tensor, keep: int, sampling: Sampling, seeds: Tensor) -> list[int]:
+        """Draw the first token of every row after :meth:`prefill` and show the prompt to the draft.
+
+        Args:
+            logits, features, keep: of :meth:`prefill`; a single row is repeated.
+            seeds: ``(batch,)``.
+        """
+        batch = self.lengths.shape[0]
+        root = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
+        first = sampling.draw(logits[:, None].expand(batch, -1, -1), self.lengths[:, None], root, seeds)
+        self.history.scatter_(1, self.lengths[:, None], first)
+        tokens = self.history[:, keep + 1 : self._filled + 1]
+        starts = torch.full_like(self.lengths, keep)
+        self.draft.absorb(tokens, features.expand(batch, -1, -1), starts, self.lengths - keep, keep)
+        self.watch.lap("drafter")
+        return first[:, 0].tolist()  # type: ignore[no-any-return]
+
+    def round(self, sampling: Sampling, seeds: Tensor, keep_logits: bool = False) -> RoundResult:
+        """Draft, verify, accept and commit once."""
+        depth, lengths = self.draft.depth, self.lengths
+        tree = self.draft.propose(self.history, lengths, self._filled, self.watch)
+        self.watch.lap("rest")
+        positions = lengths[:, None] + tree.depths
+        hidden = self.backbone.forward(tree.tokens, positions, tree.ancestors, lengths, self.cache, self._filled)
+        logits = self.backbone.head(hidden)
+        self.watch.lap("target")
+        draws = sampling.draw(logits, lengths[:, None] + 1 + self._levels, tree.depths, seeds)
+        accepted = accept(tree, draws, depth)
+        self._commit(accepted, hidden)
+        packed = torch.cat([accepted.count[:, None], accepted.emitted], dim=1).tolist()
+        self._filled = max(self._filled + row[0] for row in packed) if len(packed) == 1 else self._longest()
+        self.watch.lap("rest")
+        kept = None
+        if keep_logits:
+            kept = logits.gather(1, accepted.path[:, :, None].expand(-1, -1, logits.shape[2]))
+        return RoundResult([row[1 : 1 + row[0]] for row in packed], kept)
+
+    def _longest(self) -> int:
+        return int(self.lengths.max())
+
+    def _commit(self, accepted: Acceptance, hidden: Tensor) -> None:
+        """Move the accepted path behind the prefix, note its tokens, and show it to the draft."""
+        starts, path = self.lengths[:, None], accepted.path
+        if self.draft.depth:
+            self.cache.move(starts + path, starts + self._levels)
+        self.history.scatter_(1, starts + 1 + self._levels, accepted.emitted)
+        features = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
+        self.watch.lap("rest")
+        self.draft.absorb(accepted.emitted, features, self.lengths, accepted.count, self._filled)
+        self.watch.lap("drafter")
+        self.lengths = self.lengths + accepted.count
+
+    def rewind(self, length: int) -> None:
+        """Forget everything behind the first ``length`` tokens of every row."""
+        self._filled = min(self._filled, length)
+        self.lengths = self.lengths.clamp(max=length)
+
+    def nbytes(self) -> int:
+        """Bytes of the target's cache."""
+        return self.cache.nbytes()

@@ -1,0 +1,68 @@
+"""Proposal heads: which rows of the target's head a drafter reads while drafting.
+
+Verification always uses the target's full logits, so a head with few rows can only cost acceptance, never
+correctness. Static frequency ranking after FR-Spec (Zhao et al., 2025).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from coral_spec.backbone import Backbone
+
+
+class ProposalHead(Protocol):
+    """Turns drafted features into candidates."""
+
+    rows: int
+
+    def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` best tokens of ``features (batch, nodes, hidden)``.
+
+        Returns:
+            fp32 log-probabilities and token ids, ``(batch, nodes, count)`` each.
+        """
+        ...
+
+
+def _top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    best = logits.topk(count, dim=-1)
+    return best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True), best.indices
+
+
+class FullHead:
+    """All rows, shared with the target."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self.rows = backbone.vocab_size
+
+    def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See :class:`ProposalHead`."""
+        return _top_log_probs(self._backbone.head(features), count)
+
+
+class FrequencyHead:
+    """The rows of the most frequent tokens, copied once into a dense slab.
+
+    Probabilities are renormalised over these rows.
+    """
+
+    def __init__(self, backbone: Backbone, ranking: Tensor, rows: int) -> None:
+        output = backbone.output
+        self._backbone = backbone
+        self._ids = ranking[:rows].to(output.weight.device, torch.long)
+        self._weight = output.weight[self._ids].contiguous()
+        bias = getattr(output, "bias", None)
+        self._bias = None if bias is None else bias[self._ids].contiguous()
+        self.rows = int(self._ids.numel())
+
+    def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See :class:`ProposalHead`."""
+        logits = self._backbone.finish_logits(functional.linear(features, self._weight, self._bias))
+        log_probs, index = _top_log_probs(logits, count)
+        return log_probs, self._ids[index]

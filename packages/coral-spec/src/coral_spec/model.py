@@ -1,0 +1,190 @@
+"""``coral_spec.load`` and what it returns: generate, stream, chat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
+
+from coral_spec.answer import Answer, Generation, Limits, Request
+from coral_spec.backbone import Backbone
+from coral_spec.conversation import Conversation, Prefix
+from coral_spec.drafter import Drafter, DrafterConfig, load_ranking
+from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
+from coral_spec.engine import Session
+from coral_spec.heads import FrequencyHead, FullHead, ProposalHead
+from coral_spec.tree import TreeShape
+from expkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from coral_spec.targets import Target
+
+Messages = list[dict[str, str]]
+Prompt = str | Messages | list[int]
+
+BUNDLED = Path(__file__).parent / "drafters"
+
+# Chosen by measurement (RESULTS.md): a CPU pays for every verified token, a GPU hardly does.
+DEFAULT_TREES = {"cpu": TreeShape(3, 2, 5), "cuda": TreeShape(6, 10, 60)}
+NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
+FREQUENT_ROWS = 8192
+
+
+def load(
+    target: str | Target,
+    *,
+    draft: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    tree: TreeShape | None = None,
+    head: str | int = "auto",
+    max_length: int | None = None,
+) -> Model:
+    """Load a target and a draft for it.
+
+    Args:
+        target: an alias (``coral-spec models`` lists them), a hub id, a folder, a GGUF file, or a loaded target.
+        draft: ``auto`` (the bundled drafter of this target, else n-gram look-up), ``none`` (plain decoding),
+            ``ngram``, or the folder of a drafter.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+        dtype: ``auto`` (bf16 where the hardware has it), ``bf16``, ``fp16`` or ``fp32``.
+        tree: shape of the draft tree; by default what measured best on the kind of device.
+        head: rows of the head that the drafter proposes from: ``auto``, ``full``, ``frequency`` or a number.
+        max_length: lowers the context length, in tokens.
+
+    Raises:
+        UsageError: anything given does not exist, is damaged or does not fit together.
+    """
+    if isinstance(target, str):
+        from coral_spec.targets import load_target
+
+        target = load_target(target, device=device, dtype=dtype)
+    return Model(Backbone(target), draft=draft, tree=tree, head=head, max_length=max_length)
+
+
+class Model:
+    """A target with a draft; the text is the target's own, whatever the draft."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        draft: str = "auto",
+        tree: TreeShape | None = None,
+        head: str | int = "auto",
+        max_length: int | None = None,
+    ) -> None:
+        if max_length is not None and max_length < 2:
+            raise UsageError(f"max_length is {max_length}, needed at least 2")
+        self._backbone = backbone
+        self.target = backbone.target
+        context = self.target.context_length
+        self.context_length = min(context, max_length or context)
+        folder = bundled_drafter(self.target) if draft == "auto" else None
+        self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
+        self._make_draft = self._plan(self.draft_name, tree, head)
+
+    def _plan(self, name: str, tree: TreeShape | None, head: str | int) -> Callable[[], Draft]:
+        kind = self.target.device.type
+        if name == "none":
+            return NoDraft
+        if name == "ngram":
+            shape = tree or NGRAM_TREES.get(kind, NGRAM_TREES["cuda"])
+            return lambda: NgramDraft(shape)
+        folder = Path(name)
+        if not folder.is_dir():
+            raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
+        drafter = Drafter.load(folder, self.target)
+        shape = tree or DEFAULT_TREES.get(kind, DEFAULT_TREES["cuda"])
+        proposals = self._proposal_head(folder, head)
+        return lambda: DrafterDraft(self._backbone, drafter, proposals, shape)
+
+    def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
+        ranking = load_ranking(folder)
+        if head == "auto":
+            head = "frequency" if self.target.device.type == "cpu" and ranking is not None else "full"
+        if head == "full":
+            return FullHead(self._backbone)
+        if ranking is None:
+            raise UsageError(f"head is {head!r}, but drafter {folder} has no frequency.safetensors; needed 'full'")
+        rows = FREQUENT_ROWS if head == "frequency" else head
+        if not isinstance(rows, int) or rows < 64:
+            raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows from 64 on")
+        return FrequencyHead(self._backbone, ranking, rows)
+
+    def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
+        """The same target, weights shared, with another draft."""
+        return Model(self._backbone, draft=draft, tree=tree, head=head, max_length=self.context_length)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        chat: bool = True,
+        on_text: Callable[[str], None] | None = None,
+        **limits: Unpack[Limits],
+    ) -> Generation:
+        """Answer a prompt.
+
+        Args:
+            prompt: text, messages (``[{"role": ..., "content": ...}]``) or token ids.
+            chat: wrap text in the chat template, where there is one.
+            on_text: called with every piece of text as soon as it is certain.
+            limits: fields of :class:`coral_spec.answer.Request`: ``max_new_tokens``, ``temperature``, ``top_k``,
+                ``top_p``, ``seed``, ``stop``, ``ignore_eos``, ``should_stop``, ``record_logits``.
+
+        Raises:
+            UsageError: a prompt longer than the context, or a limit out of range.
+        """
+        answer = self.stream(prompt, chat=chat, **limits)
+        for piece in answer:
+            if on_text:
+                on_text(piece)
+        return answer.result()
+
+    def stream(self, prompt: Prompt, *, chat: bool = True, **limits: Unpack[Limits]) -> Answer:
+        """Iterate what this returns for pieces of text; its ``result()`` is then what :meth:`generate` returns."""
+        return Answer(self, self.encode(prompt, chat), Request(**limits))
+
+    def chat(self, system: str | None = None) -> Conversation:
+        """A conversation that keeps its cache between turns."""
+        return Conversation(self, system)
+
+    def prefix(self, prompt: Prompt, *, chat: bool = True, capacity: int = 64) -> Prefix:
+        """A prompt that is run once, to draw many short continuations from."""
+        return Prefix(self, self.encode(prompt, chat), capacity)
+
+    def encode(self, prompt: Prompt, chat: bool = True) -> list[int]:
+        """Token ids of a prompt; UsageError when it is empty or longer than the context."""
+        if isinstance(prompt, list) and all(isinstance(item, int) for item in prompt):
+            ids = [int(item) for item in prompt if isinstance(item, int)]
+            wrong = [token for token in ids if not 0 <= token < self._backbone.vocab_size]
+            if wrong:
+                raise UsageError(f"token id {wrong[0]} is outside the vocabulary of {self._backbone.vocab_size}")
+        else:
+            ids = self.target.encode(prompt, chat=chat)  # type: ignore[arg-type]
+        if not ids:
+            raise UsageError("the prompt is empty, needed at least one token")
+        if len(ids) >= self.context_length:
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, but {self.target.name} holds {self.context_length} with its answer"
+            )
+        return ids
+
+    def session(self, capacity: int) -> Session:
+        """Fresh caches for ``capacity`` tokens."""
+        return Session(self._backbone, self._make_draft(), capacity)
+
+
+def bundled_drafter(target: Target) -> Path | None:
+    """Folder of the drafter in this package that fits ``target``'s sizes and tokenizer; None without one."""
+    needed = DrafterConfig.from_target(target)
+    for path in sorted(BUNDLED.glob("*/config.json")):
+        config = DrafterConfig.from_json(path)
+        if (config.hidden_size, config.vocab_size, config.tokenizer_hash) == (
+            needed.hidden_size,
+            needed.vocab_size,
+            needed.tokenizer_hash,
+        ):
+            return path.parent
+    return None

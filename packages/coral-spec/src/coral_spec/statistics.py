@@ -1,0 +1,105 @@
+"""What a generation did: tokens, rounds, acceptance and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+PARTS = ("target", "drafter", "head", "rest")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Figures of one generation.
+
+    Attributes:
+        prompt_tokens: length of the prompt.
+        new_tokens: tokens returned.
+        seconds: wall time, prefill included.
+        prefill_seconds: until the first token.
+        accept_lengths: draft tokens accepted in each round; a round is one target forward after prefill.
+        depth: levels of the draft tree.
+        time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``.
+        cache_bytes: bytes held by the key-value caches.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    prefill_seconds: float
+    accept_lengths: list[int]
+    depth: int
+    time_split: dict[str, float]
+    cache_bytes: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Target forwards after prefill."""
+        return len(self.accept_lengths)
+
+    @property
+    def tau(self) -> float | None:
+        """Mean tokens per round, before truncation at a stop or the limit; None without a round."""
+        if not self.accept_lengths:
+            return None
+        return 1.0 + sum(self.accept_lengths) / len(self.accept_lengths)
+
+    @property
+    def depth_acceptance(self) -> list[float]:
+        """At each level, the accepted share of the rounds that had reached it; stops at the first never reached."""
+        return depth_acceptance(self.accept_lengths, self.depth)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens over the whole time."""
+        return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, derived ones included, as JSON holds them."""
+        derived = {name: getattr(self, name) for name in ("rounds", "tau", "depth_acceptance", "tokens_per_second")}
+        return {**asdict(self), **derived}
+
+
+def depth_acceptance(accept_lengths: Sequence[int], depth: int) -> list[float]:
+    """Conditional acceptance rate per tree level over many rounds."""
+    rates = []
+    for level in range(1, depth + 1):
+        reached = sum(length >= level - 1 for length in accept_lengths)
+        if not reached:
+            break
+        rates.append(sum(length >= level for length in accept_lengths) / reached)
+    return rates
+
+
+@dataclass
+class Stopwatch:
+    """Attributes elapsed time to parts without making the host wait for the device.
+
+    ``lap(part)`` says that everything since the last lap belongs to ``part``.
+    """
+
+    device: torch.device
+    _events: list[tuple[str, Any]] = field(default_factory=list)
+
+    def lap(self, part: str) -> None:
+        """End a span."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((part, event))
+        else:
+            self._events.append((part, time.perf_counter()))
+
+    def split(self) -> dict[str, float]:
+        """Seconds per part so far; on CUDA this waits for the device once."""
+        seconds = dict.fromkeys(PARTS, 0.0)
+        if self.device.type == "cuda" and self._events:
+            torch.cuda.synchronize(self.device)
+        for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
+            span = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
+            seconds[part] = seconds.get(part, 0.0) + span
+        return seconds

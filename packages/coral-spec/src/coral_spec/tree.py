@@ -1,0 +1,174 @@
+"""Dynamic draft trees as tensors of fixed shape.
+
+Grown after EAGLE-2 (Li et al., 2024): every level expands its ``width`` most probable nodes by cumulative
+log-probability, every candidate ever made stays in a pool, and the ``budget`` best of the pool are verified.
+Scores are fp32 and ties go to the shallower node: since a child never scores above its parent, a kept node's
+parent is always kept. Nothing here waits for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expkit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How far and how wide to draft.
+
+    Attributes:
+        depth: levels of draft tokens.
+        width: nodes expanded per level, and candidates taken from each; 1 drafts a chain.
+        budget: draft tokens verified by one target forward, the root not counted.
+    """
+
+    depth: int = 6
+    width: int = 10
+    budget: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width", "budget"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"tree {name} is {getattr(self, name)}, needed at least 1")
+        if self.budget > self.pool:
+            raise UsageError(
+                f"tree budget is {self.budget}, but depth {self.depth} and width {self.width} "
+                f"make only {self.pool} candidates"
+            )
+
+    @property
+    def pool(self) -> int:
+        """Candidates made in all."""
+        return self.width + (self.depth - 1) * self.width**2
+
+    @classmethod
+    def parse(cls, text: str) -> TreeShape:
+        """``DEPTH,WIDTH,BUDGET`` as on the command line."""
+        try:
+            depth, width, budget = (int(part) for part in text.split(","))
+        except ValueError:
+            raise UsageError(f"tree is {text!r}, needed DEPTH,WIDTH,BUDGET such as 6,10,60") from None
+        return cls(depth, width, budget)
+
+    def __str__(self) -> str:
+        return f"{self.depth},{self.width},{self.budget}"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Candidates to be verified; slot 0 is the root, the newest token, and parents come before their children.
+
+    Attributes:
+        tokens: ``(batch, slots)``.
+        parents: ``(batch, slots)``, slot of the parent; the root's is itself.
+        depths: ``(batch, slots)``, 0 at the root.
+        ancestors: bool ``(batch, slots, slots)``: column is an ancestor of row, or the row itself.
+        valid: bool ``(batch, slots)``: padding is never followed.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    valid: Tensor
+
+    @classmethod
+    def build(cls, tokens: Tensor, parents: Tensor, depth: int, valid: Tensor | None = None) -> Tree:
+        """From tokens and parents ``(batch, slots)``, root included, at most ``depth`` levels under it."""
+        slots = tokens.shape[1]
+        own = torch.eye(slots, dtype=torch.bool, device=tokens.device).expand(tokens.shape[0], -1, -1)
+        ancestors = own
+        above = parents[:, :, None].expand(-1, -1, slots)
+        for _ in range(depth):
+            ancestors = own | ancestors.gather(1, above)
+        valid = torch.ones_like(tokens, dtype=torch.bool) if valid is None else valid
+        return cls(tokens, parents, ancestors.sum(dim=-1) - 1, ancestors, valid)
+
+    @classmethod
+    def root_only(cls, root: Tensor) -> Tree:
+        """No candidates: plain decoding of ``root (batch,)``."""
+        return cls.build(root[:, None], torch.zeros_like(root)[:, None], 0)
+
+
+@dataclass
+class Pool:
+    """All candidates of a growing tree; parents are pool indices, -1 for children of the root."""
+
+    tokens: list[Tensor]
+    scores: list[Tensor]
+    parents: list[Tensor]
+
+    @classmethod
+    def empty(cls) -> Pool:
+        """A pool before the first level."""
+        return cls([], [], [])
+
+    @property
+    def size(self) -> int:
+        """Candidates so far."""
+        return sum(tokens.shape[1] for tokens in self.tokens)
+
+    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> int:
+        """Add a level ``(batch, n)`` each; returns the pool index of its first candidate."""
+        first = self.size
+        self.tokens.append(tokens)
+        self.scores.append(scores)
+        self.parents.append(parents)
+        return first
+
+    def rerank(self, root: Tensor, budget: int, depth: int) -> Tree:
+        """The tree of the ``budget`` best candidates under ``root (batch,)``."""
+        tokens, scores, parents = (torch.cat(part, dim=1) for part in (self.tokens, self.scores, self.parents))
+        # The pool is ordered by level, so a stable sort gives ties to the shallower node.
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :budget]
+        kept = best.sort(dim=1).values
+        batch, device = root.shape[0], root.device
+        slots = torch.arange(1, budget + 1, device=device).expand(batch, -1)
+        slot_of = torch.zeros(batch, self.size + 1, dtype=torch.long, device=device)
+        slot_of.scatter_(1, kept + 1, slots)
+        above = slot_of.gather(1, parents.gather(1, kept) + 1)
+        zero = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        return Tree.build(
+            torch.cat([root[:, None], tokens.gather(1, kept)], dim=1), torch.cat([zero, above], dim=1), depth
+        )
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The path that verification keeps.
+
+    Attributes:
+        path: slots ``(batch, depth + 1)``, the root first; entries past ``count`` are meaningless.
+        emitted: tokens ``(batch, depth + 1)``: the accepted path and one more draw; valid up to ``count``.
+        count: ``(batch,)``, tokens emitted: accepted draft tokens plus one.
+    """
+
+    path: Tensor
+    emitted: Tensor
+    count: Tensor
+
+
+def accept(tree: Tree, draws: Tensor, depth: int) -> Acceptance:
+    """Follow the target's own draws through the tree.
+
+    A node is accepted when it and all its ancestors are what the target drew at their parents. Siblings differ, so
+    accepted nodes form one path; the draw at its end is emitted too.
+
+    Args:
+        tree: what was verified.
+        draws: the target's token at every slot, ``(batch, slots)``.
+        depth: levels of the tree at most.
+    """
+    matches = (tree.tokens == draws.gather(1, tree.parents)) & tree.valid
+    matches[:, 0] = True
+    accepted = (~tree.ancestors | matches[:, None, :]).all(dim=-1)
+    slots = torch.arange(tree.tokens.shape[1], device=draws.device).expand_as(tree.tokens)
+    # Rejected nodes land in a column of their own, dropped at once.
+    column = torch.where(accepted, tree.depths, depth + 1)
+    path = torch.zeros(tree.tokens.shape[0], depth + 2, dtype=torch.long, device=draws.device)
+    path = path.scatter_(1, column, slots)[:, : depth + 1]
+    return Acceptance(path, draws.gather(1, path), accepted.sum(dim=1))

@@ -1,0 +1,113 @@
+"""Losslessness: whatever the draft, the text is the target's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from drafting import OracleDraft, drafting_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, tiny_target
+
+from coral_spec.model import load
+from coral_spec.tree import TreeShape
+
+PROMPT = [5, 9, 40, 7, 5, 9, 40, 8, 100, 3]
+
+
+def reference(target, ids, count):
+    """Greedy ids by transformers' own cache and loop."""
+    tokens = torch.tensor([ids], device=target.device)
+    output = target.model.generate(tokens, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_decoding_equals_transformers_beyond_the_window(architecture):
+    target = tiny_target(architecture)
+    ours = load(target, draft="none").generate(PROMPT, max_new_tokens=48, ignore_eos=True)
+    assert ours.token_ids == reference(target, PROMPT, 48)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "drafter"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_tree_equals_plain_decoding_beyond_the_window(architecture, draft, tmp_path):
+    target = tiny_target(architecture)
+    plain = load(target, draft="none")
+    model = (
+        load(target, draft="ngram", tree=TreeShape(4, 3, 12)) if draft == "ngram" else drafting_model(target, tmp_path)
+    )
+    wanted = plain.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
+    found = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
+    assert found.token_ids == wanted.token_ids
+    assert found.text == wanted.text
+
+
+@pytest.mark.parametrize("shape", [TreeShape(1, 1, 1), TreeShape(5, 1, 5), TreeShape(1, 4, 4), TreeShape(3, 4, 24)])
+def test_every_tree_shape_is_lossless(shape, tmp_path):
+    target = tiny_target("llama")
+    wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    found = drafting_model(target, tmp_path, shape).generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    assert found.token_ids == wanted.token_ids
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.3, "top_p": 0.8}]
+)
+def test_same_seed_gives_plain_decodings_sample(options, tmp_path):
+    target = tiny_target("qwen3")
+    plain, model = load(target, draft="none"), drafting_model(target, tmp_path)
+    for seed in range(3):
+        wanted = plain.generate(PROMPT, max_new_tokens=30, ignore_eos=True, seed=seed, **options)
+        found = model.generate(PROMPT, max_new_tokens=30, ignore_eos=True, seed=seed, **options)
+        assert found.token_ids == wanted.token_ids
+
+
+def test_a_few_head_rows_cost_acceptance_only(tmp_path):
+    target = tiny_target("llama")
+    wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    found = drafting_model(target, tmp_path, head=64).generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    assert found.token_ids == wanted.token_ids
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_accepted_branches_are_committed_in_order(architecture):
+    """A draft that knows the answer, hides it among wrong siblings and sometimes errs, is followed exactly."""
+    target = tiny_target(architecture)
+    plain = load(target, draft="none")
+    wanted = plain.generate(PROMPT, max_new_tokens=60, ignore_eos=True, record_logits=True)
+    model = load(target, draft="none")
+    oracle = OracleDraft([*PROMPT, *wanted.token_ids], depth=5)
+    model._make_draft = lambda: oracle
+    found = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True, record_logits=True)
+    assert found.token_ids == wanted.token_ids
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=1e-4)
+    assert found.statistics.tau > 2.5
+    assert found.statistics.rounds < 30
+
+
+@settings(max_examples=15, deadline=None)
+@given(ids=st.lists(st.integers(3, 200), min_size=1, max_size=70), seed=st.integers(0, 2**40))
+def test_any_prompt_and_seed_is_lossless(ids, seed, tmp_path_factory):
+    target = tiny_target("mistral-window")
+    options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.9, "seed": seed}
+    model = drafting_model(target, tmp_path_factory.mktemp("drafter"))
+    assert model.generate(ids, **options).token_ids == load(target, draft="none").generate(ids, **options).token_ids
+
+
+def test_recorded_logits_are_those_of_plain_decoding(tmp_path):
+    target = tiny_target("gemma3")
+    options = {"max_new_tokens": 30, "ignore_eos": True, "record_logits": True}
+    wanted = load(target, draft="none").generate(PROMPT, **options).logits
+    found = drafting_model(target, tmp_path).generate(PROMPT, **options).logits
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-4)
+
+
+def test_the_tree_fits_a_long_prompt_prefilled_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("coral_spec.engine.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("coral_spec.drafts.PREFILL_CHUNK", 5)
+    target = tiny_target("gemma3")
+    ids = [3 + (7 * i) % 150 for i in range(60)]
+    found = drafting_model(target, tmp_path).generate(ids, max_new_tokens=20, ignore_eos=True)
+    assert found.token_ids == reference(target, ids, 20)
