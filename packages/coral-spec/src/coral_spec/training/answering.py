@@ -1,0 +1,141 @@
+"""The job behind `coral-spec data`: answer prompts shard by shard, on any number of processes, and go on after a kill.
+
+Every shard draws from a seed of its own and is written whole or not at all, so a job that was killed ends with the
+same files as one that was not (on the same kind of machine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from expkit.checkpoint import write_text
+from expkit.distributed import World, barrier
+from expkit.errors import UsageError
+
+from coral_spec.training.data import Manifest, shard_path, write_shard
+from coral_spec.training.generation import Answer, Sampling, answer_batch, cache_bytes_per_token
+from coral_spec.training.prompts import EncodedPrompts, Prompt, read_prompts, write_own_prompts
+
+if TYPE_CHECKING:
+    from coral_spec.targets import Target
+
+_SEED_STRIDE = 1_000_003  # between the seeds of two shards; batches within a shard count on from it
+
+
+def plan_batches(lengths: list[int], batch_size: int, slots: int, new_tokens: int) -> list[slice]:
+    """Cut prompts (sorted by length) into batches of at most `batch_size` rows whose cache fits `slots` tokens."""
+    batches, first = [], 0
+    while first < len(lengths):
+        last = first
+        while last < len(lengths) and last - first < batch_size:
+            if last > first and (last - first + 1) * (lengths[last] + new_tokens) > slots:
+                break
+            last += 1
+        batches.append(slice(first, last))
+        first = last
+    return batches
+
+
+def own_prompts(target: Target, count: int, folder: Path, world: World, *, batch: int, seed: int) -> list[Prompt]:
+    """Prompts written by the target, kept in `folder/self_prompts.jsonl` and read from there the next time."""
+    import json
+
+    path = folder / "self_prompts.jsonl"
+    if world.is_main and not path.exists():
+        texts = write_own_prompts(target, count, batch=batch, seed=seed)
+        if not texts:
+            raise UsageError(f"{target.name} wrote no usable prompt of its own; give --prompts FILE")
+        write_text(path, "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in texts))
+    barrier()
+    return read_prompts(path)
+
+
+def answer_prompts(
+    target: Target,
+    prompts: EncodedPrompts,
+    sampling: Sampling,
+    folder: Path,
+    world: World,
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    cache_gib: float = 4.0,
+    shard_size: int = 4096,
+    on_rows: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Answer all prompts into `folder`; shards that are there already stay.
+
+    Args:
+        world: this process takes every `world.size`-th shard.
+        batch_size: most rows at once.
+        cache_gib: most GiB of keys and values at once; long prompts get smaller batches.
+        on_rows: called with (rows finished, answer tokens made) since the last call.
+
+    Raises:
+        UsageError: `folder` holds answers made with other settings, or the device's memory is too small.
+    """
+    manifest = Manifest(
+        model=target.name,
+        tokenizer_hash=target.tokenizer_hash,
+        vocab_size=_vocab_size(target),
+        prompts=prompts.digest(),
+        rows=len(prompts.ids),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=seed,
+        batch_size=batch_size,
+        cache_gib=cache_gib,
+        shard_size=shard_size,
+    )
+    if world.is_main:
+        manifest.write(folder)
+    barrier()
+    for shard in range(world.rank, manifest.shards, world.size):
+        rows = slice(shard * shard_size, min((shard + 1) * shard_size, manifest.rows))
+        path = shard_path(folder, shard)
+        if path.exists():
+            if on_rows is not None:
+                on_rows(rows.stop - rows.start, 0)
+            continue
+        ids = prompts.ids[rows]
+        answers = _answer_shard(target, ids, sampling, manifest, seed * 7_919 + shard * _SEED_STRIDE, on_rows)
+        write_shard(path, ids, answers, prompts.index[rows], manifest.vocab_size)
+    barrier()
+    return manifest
+
+
+def _answer_shard(
+    target: Target,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    manifest: Manifest,
+    seed: int,
+    on_rows: Callable[[int, int], None] | None,
+) -> list[Answer]:
+    slots = int(manifest.cache_gib * 2**30) // cache_bytes_per_token(target)
+    answers: list[Answer] = []
+
+    def on_tokens(tokens: int) -> None:
+        if on_rows is not None:
+            on_rows(0, tokens)
+
+    batches = plan_batches([len(ids) for ids in prompts], manifest.batch_size, slots, sampling.max_new_tokens)
+    for number, batch in enumerate(batches):
+        try:
+            answers += answer_batch(target, prompts[batch], sampling, seed=seed + number, on_tokens=on_tokens)
+        except torch.OutOfMemoryError:
+            raise UsageError(
+                f"{batch.stop - batch.start} answers at once do not fit the memory of {target.device}; "
+                f"lower --batch-size ({manifest.batch_size}) or --cache-gib ({manifest.cache_gib})"
+            ) from None
+        if on_rows is not None:
+            on_rows(batch.stop - batch.start, 0)
+    return answers
+
+
+def _vocab_size(target: Target) -> int:
+    return int(target.model.get_output_embeddings().weight.shape[0])
