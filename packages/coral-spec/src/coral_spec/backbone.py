@@ -35,12 +35,12 @@ class Backbone:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.config: Any = target.model.config.get_text_config()
-        decoder = target.model.get_decoder()
-        head = target.model.get_output_embeddings()
+        model: Any = target.model
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
         if decoder is None or head is None:
             raise UsageError(f"{target.name} ({self.config.model_type}) has no separate decoder and head to draft for")
         self.decoder, self.output = decoder, head
-        self.embedding = target.model.get_input_embeddings()
+        self.embedding = model.get_input_embeddings()
         self.hidden_size, self.vocab_size = int(head.weight.shape[1]), int(head.weight.shape[0])
         self._windows = _windows(self.config)
         if self.config.model_type not in HELD:

@@ -87,7 +87,7 @@ class StaticCache(Cache):
         """Where the next forward writes, ``(batch, new)``, and how many leading slots its attention reads."""
         self._slots, self._visible = slots, visible
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by attention layers: keys and values ``(batch, kv_heads, new, head_dim)``."""

@@ -144,7 +144,8 @@ def _rope_theta(config: Any) -> float:
 
 
 def _head_rows(target: Target) -> int:
-    head = target.model.get_output_embeddings()
+    model: Any = target.model
+    head = model.get_output_embeddings()
     return int(head.weight.shape[0])
 
 
@@ -221,7 +222,7 @@ class DraftLayer(nn.Module):
         self.mlp = DraftMLP(config)
 
     def finish(self, states: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: ``states`` entered the layer, ``attended`` is ``(batch, heads, length, head_dim)``."""
+        """What follows attention: ``states`` went in, ``attended`` is ``(batch, heads, length, head_dim)``."""
         states = states + self.self_attn.merge(attended)
         return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]
 

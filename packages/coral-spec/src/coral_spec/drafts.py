@@ -131,7 +131,7 @@ class NgramDraft:
 
     def _merge(self, root: Tensor, tokens: Tensor, found: Tensor) -> Tree:
         """A trie of chains: a node equal to one of an earlier chain, path and all, is left out."""
-        batch, width, depth = tokens.shape
+        width, depth = tokens.shape[1:]
         same = (tokens[:, :, None] == tokens[:, None]).cumprod(dim=-1).bool()
         same = same & found[:, :, None, None] & found[:, None, :, None]
         # First chain that shares the path down to each level: (batch, width, depth).

@@ -115,7 +115,7 @@ class Session:
         starts = torch.full_like(self.lengths, keep)
         self.draft.absorb(tokens, features.expand(batch, -1, -1), starts, self.lengths - keep, keep)
         self.watch.lap("drafter")
-        return first[:, 0].tolist()  # type: ignore[no-any-return]
+        return first[:, 0].tolist()
 
     def round(self, sampling: Sampling, seeds: Tensor, keep_logits: bool = False) -> RoundResult:
         """Draft, verify, accept and commit once."""

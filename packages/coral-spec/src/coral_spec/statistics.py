@@ -88,7 +88,7 @@ class Stopwatch:
     def lap(self, part: str) -> None:
         """End a span."""
         if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._events.append((part, event))
         else:

@@ -1,0 +1,5 @@
+"""``python -m coral_spec``."""
+
+from coral_spec.cli import main
+
+main()

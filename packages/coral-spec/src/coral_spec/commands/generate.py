@@ -1,0 +1,74 @@
+"""`coral-spec generate`: one answer, streamed, and one line of figures."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from coral_spec.commands import options
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: options.Model = "smollm2-135m",
+    draft: options.Draft = "auto",
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = True,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Answer without drafting too, and say how it differs.")
+    ] = False,
+    tree: options.Tree = None,
+    head: options.Head = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = None,
+) -> None:
+    """Answer a prompt, streaming the text to standard output."""
+    import coral_spec
+    from coral_spec.answer import Limits, Request
+    from expkit.checkpoint import write_json
+    from expkit.rundir import evidence
+
+    limits = Limits(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+    )
+    Request(**limits)  # wrong limits are said before a model loads
+    shape = options.parse_tree(tree)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape, head=options.parse_head(head))
+    with options.interruptible() as pressed:
+        answer = loaded.generate(text, chat=chat, on_text=_show, should_stop=pressed, **limits)
+        typer.echo()
+        line = options.summary(answer)
+        record = {**evidence(seed), "text": answer.text, "finish_reason": answer.finish_reason}
+        record["statistics"] = answer.statistics.to_dict()
+        if compare and answer.finish_reason != "interrupted":
+            plain = loaded.with_draft("none").generate(text, chat=chat, should_stop=pressed, **limits)
+            speedup = answer.statistics.tokens_per_second / plain.statistics.tokens_per_second
+            same = answer.token_ids == plain.token_ids
+            line += (
+                f", {speedup:.2f}x plain decoding ({'the same tokens' if same else 'other tokens: a tie, see check'})"
+            )
+            record |= {"speedup": speedup, "same_tokens": same, "plain": plain.statistics.to_dict()}
+    typer.echo(line, err=True)
+    if json is not None:
+        write_json(json, record)
+
+
+def _show(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
