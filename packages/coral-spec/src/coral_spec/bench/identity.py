@@ -1,0 +1,113 @@
+"""Are a method's greedy ids those of plain decoding? Every first mismatch is classified after the timed runs.
+
+The rule is that of `coral_spec.check.noise`. Its noise is the largest over the baseline's positions of the run; here
+prompts are added until a gap is covered, which is the same answer with less work, since only "is any prompt's noise
+at least this gap" matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+
+from coral_spec.bench.methods import Answer, Method
+from coral_spec.bench.records import Record
+from coral_spec.bench.runner import Bench
+from coral_spec.bench.tasks import Prompt
+from coral_spec.check.noise import (
+    Judgement,
+    find_mismatch,
+    first_difference,
+    is_tie,
+    judge,
+    logit_distance,
+    margin_noise,
+    reference_logits,
+    reference_model,
+)
+
+BASELINE = "ar"
+
+
+@dataclass
+class Identity:
+    """Judges records against the baseline's. The fp32 copy of the target is made when the first mismatch needs it.
+
+    Attributes:
+        bench: the target and the methods.
+        prompts: the prompts of one task.
+        noise, baseline_distance: the largest so far, over the prompts in `measured`.
+    """
+
+    bench: Bench
+    task: str
+    prompts: Sequence[Prompt]
+    noise: float = 0.0
+    baseline_distance: float = 0.0
+    measured: set[str] = field(default_factory=set)
+    _reference: nn.Module | None = None
+
+    @property
+    def reference(self) -> nn.Module:
+        """The target in fp32."""
+        if self._reference is None:
+            self._reference = reference_model(self.bench.model.target.model)
+        return self._reference
+
+    def judge(self, prompt: Prompt, baseline: Record, record: Record) -> Judgement:
+        """Tie or bug, if the ids differ at all."""
+        if first_difference(baseline.ids, record.ids) is None:
+            return Judgement("exact")
+        ids = self.bench.encode(self.task, prompt)
+        mismatch = find_mismatch(self.reference, ids, baseline.ids, record.ids)
+        assert mismatch is not None
+        self._measure_noise(prompt)
+        dtype = self.bench.model.target.dtype
+        for other in self.prompts:
+            if is_tie(mismatch.gap, self.noise, dtype) or not is_tie(mismatch.gap, float("inf"), dtype):
+                break
+            self._measure_noise(other)
+        distance = self._distance(ids, self._answer(record.method, ids))
+        return judge(mismatch, dtype, noise=self.noise, distance=distance, baseline_distance=self.baseline_distance)
+
+    def _measure_noise(self, prompt: Prompt) -> None:
+        if prompt.id in self.measured:
+            return
+        self.measured.add(prompt.id)
+        ids = self.bench.encode(self.task, prompt)
+        logits, exact = self._logits(ids, self._answer(BASELINE, ids))
+        self.noise = max(self.noise, margin_noise(logits, exact))
+        self.baseline_distance = max(self.baseline_distance, logit_distance(logits, exact))
+
+    def _answer(self, method: str, ids: list[int]) -> Answer:
+        found: Method = next(each for each in self.bench.methods if each.name == method)
+        return found.answer(ids, replace(self.bench.settings.request, record_logits=True))
+
+    def _logits(self, ids: list[int], answer: Answer) -> tuple[Tensor, Tensor]:
+        assert answer.logits is not None
+        return answer.logits.cpu(), reference_logits(self.reference, ids, answer.ids)
+
+    def _distance(self, ids: list[int], answer: Answer) -> float:
+        return logit_distance(*self._logits(ids, answer))
+
+
+def judge_all(
+    bench: Bench, tasks: dict[str, list[Prompt]], records: dict[tuple[str, str, str], Record]
+) -> dict[tuple[str, str, str], Judgement]:
+    """A judgement for every record, by its key; empty above temperature 0 or without `ar` among the methods."""
+    if bench.settings.temperature > 0 or BASELINE not in bench.settings.methods:
+        return {}
+    judgements: dict[tuple[str, str, str], Judgement] = {}
+    reference: nn.Module | None = None
+    for task, prompts in tasks.items():
+        identity = Identity(bench, task, prompts, _reference=reference)
+        for prompt in prompts:
+            baseline = records[task, prompt.id, BASELINE]
+            for method in bench.methods:
+                if method.name != BASELINE:
+                    record = records[task, prompt.id, method.name]
+                    judgements[record.key] = identity.judge(prompt, baseline, record)
+        reference = identity._reference
+    return judgements

@@ -1,0 +1,172 @@
+"""The benchmark itself: every method answers every prompt, interleaved, with a record of each.
+
+Fairness: prompts are the outer loop and methods the inner one (turned by one place with every prompt), so that a
+machine that slows down slows all methods alike; every method answers once for warming up; times include prefill and
+wait for the device. With several worker processes only acceptance is measured, since they slow each other down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coral_spec.bench.methods import Answer, Method, Request, make_method
+from coral_spec.bench.records import PartialFile, Record
+from coral_spec.bench.tasks import Prompt, as_instruction
+from expkit.cli import progress
+from expkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from coral_spec.model import Model
+
+WARM_UP_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; two runs with equal settings and prompts may be continued by one another.
+
+    Attributes:
+        model: name of the target, as `coral_spec.load` takes it.
+        methods: name -> drafter folder, or empty (`coral_spec.bench.methods.parse_methods`).
+        device, dtype: as `coral_spec.load` takes them.
+        tree: `DEPTH,WIDTH,BUDGET` of trained drafters, or empty for the engine's own choice.
+        head: rows of the head that trained drafters propose from: `auto`, `full`, `frequency` or a number.
+        max_new_tokens, temperature, seed, ignore_eos: how every method is asked.
+        repeats: how often; the median time counts.
+        workers: processes on one device; above 1 no speed is measured.
+        limit: prompts per task, all when None.
+    """
+
+    model: str
+    methods: dict[str, str]
+    device: str = "auto"
+    dtype: str = "auto"
+    tree: str = ""
+    head: str = "auto"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    repeats: int = 1
+    workers: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_new_tokens": 2, "temperature": 0, "repeats": 1, "workers": 1, "limit": 1}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UsageError(f"{name.replace('_', '-')} is {value}, needed at least {least}")
+
+    @property
+    def request(self) -> Request:
+        """How every method is asked."""
+        return Request(self.max_new_tokens, self.temperature, self.seed, self.ignore_eos)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A target with the methods to be measured on it."""
+
+    model: Model
+    methods: list[Method]
+    settings: Settings = field(repr=False)
+
+    @classmethod
+    def load(cls, settings: Settings) -> Bench:
+        """Load target and drafters, weights shared.
+
+        Raises:
+            UsageError: as `coral_spec.load`.
+        """
+        import coral_spec
+
+        model = coral_spec.load(settings.model, draft="none", device=settings.device, dtype=settings.dtype)
+        return cls.build(settings, model)
+
+    @classmethod
+    def build(cls, settings: Settings, model: Model) -> Bench:
+        """From a model that is already there."""
+        from coral_spec.tree import TreeShape
+
+        tree = TreeShape.parse(settings.tree) if settings.tree else None
+        head = int(settings.head) if settings.head.isdigit() else settings.head
+        methods = [make_method(*item, model, tree=tree, head=head) for item in settings.methods.items()]
+        return cls(model, methods, settings)
+
+    def encode(self, task: str, prompt: Prompt) -> list[int]:
+        """Token ids that every method is given.
+
+        Raises:
+            UsageError: longer than the context.
+        """
+        text = as_instruction(task, prompt.text) if self.model.target.has_chat_template else prompt.text
+        return self.model.encode(text)
+
+    def warm_up(self, prompt: list[int]) -> None:
+        """One short answer of every method, so that allocation and compilation are not measured."""
+        request = Request(WARM_UP_TOKENS, self.settings.temperature, self.settings.seed, True)
+        for method in self.methods:
+            method.answer(prompt, request)
+
+    def measure(
+        self, task: str, index: int, prompt: Prompt, skip: Callable[[tuple[str, str, str]], bool] = lambda key: False
+    ) -> list[Record]:
+        """Every method on one prompt, except those whose record is already there.
+
+        Args:
+            task: its name.
+            index: number of the prompt, which turns the order of the methods.
+            prompt: the question.
+            skip: told (task, prompt, method); True leaves the method out.
+        """
+        ids = self.encode(task, prompt)
+        turn = index % len(self.methods)
+        order = [m for m in self.methods[turn:] + self.methods[:turn] if not skip((task, prompt.id, m.name))]
+        answers: dict[str, list[Answer]] = {method.name: [] for method in order}
+        for _ in range(self.settings.repeats):
+            for method in order:
+                answers[method.name].append(method.answer(ids, self.settings.request))
+        return [_record(task, prompt.id, method.name, len(ids), answers[method.name]) for method in order]
+
+
+def _record(task: str, prompt: str, method: str, prompt_tokens: int, answers: list[Answer]) -> Record:
+    middle = sorted(answers, key=lambda answer: answer.seconds)[(len(answers) - 1) // 2]
+    return Record(
+        task=task,
+        prompt=prompt,
+        method=method,
+        prompt_tokens=prompt_tokens,
+        ids=middle.ids,
+        seconds=[answer.seconds for answer in answers],
+        accept_lengths=middle.accept_lengths,
+        depth=middle.depth,
+        time_split=middle.time_split,
+    )
+
+
+def open_partial(settings: Settings, tasks: Mapping[str, list[Prompt]], json_path: Path | None) -> PartialFile:
+    """The file of records for these settings and these very prompts."""
+    from coral_spec.bench.tasks import digest_prompts
+
+    digests = {task: digest_prompts(prompts) for task, prompts in tasks.items()}
+    return PartialFile(json_path, {**asdict(settings), "tasks": digests})
+
+
+def run(bench: Bench, tasks: Mapping[str, list[Prompt]], partial: PartialFile) -> None:
+    """Measure all that `partial` does not hold yet, in this process."""
+    jobs = [(task, index, prompt) for task, prompts in tasks.items() for index, prompt in enumerate(prompts)]
+    for task, _, prompt in jobs:
+        bench.encode(task, prompt)  # a prompt that is too long is found before an hour of work
+    done = partial.records.keys()
+    left = [job for job in jobs if any((job[0], job[2].id, m.name) not in done for m in bench.methods)]
+    with progress() as bar:
+        shown = bar.add_task("prompts", total=len(jobs), completed=len(jobs) - len(left))
+        if left:
+            bench.warm_up(bench.encode(left[0][0], left[0][2]))
+        for task, index, prompt in left:
+            for record in bench.measure(task, index, prompt, skip=lambda key: key in done):
+                partial.add(record)
+            bar.advance(shown)

@@ -1,0 +1,169 @@
+"""Tie or bug: whether two ways of decoding the same model differ by more than its working precision explains.
+
+In bf16 even plain decoding gives other ids when its matrix products have other shapes, so a first mismatch by itself
+proves nothing. The rule (ours): it is a **tie** when the gap of the two tokens in fp32 is at most the run's own
+noise, the largest |top-2 margin in working precision - the same in fp32| over the baseline's positions, capped; and
+when the drafted run's logits are no farther from fp32 than twice the baseline's. Anything else is a **bug**. In fp32
+only a gap under 1e-3 is a tie.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Verdict = Literal["exact", "tie", "bug"]
+Identical = Literal["exact", "ties", "bug"]
+
+FP32_GAP = 1e-3
+# Largest gap that noise may excuse, whatever the run's own noise: fp16 has three more bits than bf16.
+NOISE_CAP = {torch.bfloat16: 0.5, torch.float16: 0.5 / 8}
+# Farther from fp32 than the baseline by this factor is no longer rounding; below the floor it always is.
+DISTANCE_FACTOR = 2.0
+DISTANCE_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of one prompt.
+
+    Attributes:
+        verdict: "exact", "tie" or "bug".
+        position: index of the first token that differs; None when none does.
+        tokens: the baseline's and the other run's token there; None past a run's end.
+        gap: fp32 distance of the two tokens' logits; None without a mismatch, infinite when a run ended early.
+        noise: what the gap was held against.
+        distance: how far the run's logits are from fp32; None when they were not recorded.
+        baseline_distance: the same of the baseline, over the whole run.
+    """
+
+    verdict: Verdict
+    position: int | None = None
+    tokens: tuple[int | None, int | None] | None = None
+    gap: float | None = None
+    noise: float | None = None
+    distance: float | None = None
+    baseline_distance: float | None = None
+
+
+def judge(
+    mismatch: Mismatch | None,
+    dtype: torch.dtype,
+    *,
+    noise: float,
+    distance: float | None = None,
+    baseline_distance: float | None = None,
+) -> Judgement:
+    """Apply the rule to one prompt.
+
+    Args:
+        mismatch: the first one with its fp32 gap, or None.
+        dtype: working precision.
+        noise: largest `margin_noise` over the baseline's positions of the run.
+        distance: largest `logit_distance` of the judged run.
+        baseline_distance: largest `logit_distance` of the baseline over the run.
+    """
+    far = distance is not None and distance > max(DISTANCE_FACTOR * (baseline_distance or 0.0), DISTANCE_FLOOR)
+    verdict: Verdict = "bug" if far else "exact"
+    if mismatch is not None and not far:
+        verdict = "tie" if is_tie(mismatch.gap, noise, dtype) else "bug"
+    return Judgement(
+        verdict,
+        position=mismatch.position if mismatch else None,
+        tokens=mismatch.tokens if mismatch else None,
+        gap=mismatch.gap if mismatch else None,
+        noise=noise,
+        distance=distance,
+        baseline_distance=baseline_distance,
+    )
+
+
+def is_tie(gap: float, noise: float, dtype: torch.dtype) -> bool:
+    """Whether working precision explains an fp32 gap."""
+    if dtype == torch.float32:
+        return gap < FP32_GAP
+    return gap <= min(noise, NOISE_CAP[dtype])
+
+
+def summarise(verdicts: Iterable[Verdict]) -> Identical:
+    """One word for many prompts: any bug is "bug", else any tie is "ties"."""
+    found = set(verdicts)
+    return "bug" if "bug" in found else "ties" if "tie" in found else "exact"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The first token in which two runs differ, and the fp32 gap of the two tokens there."""
+
+    position: int
+    tokens: tuple[int | None, int | None]
+    gap: float
+
+
+def find_mismatch(
+    reference: nn.Module, prompt: Sequence[int], baseline: Sequence[int], other: Sequence[int]
+) -> Mismatch | None:
+    """Compare ids; the fp32 gap at the first difference takes one forward of the common prefix.
+
+    A run that ends where the other goes on has no token to compare: its gap is infinite.
+    """
+    position = first_difference(baseline, other)
+    if position is None:
+        return None
+    a = baseline[position] if position < len(baseline) else None
+    b = other[position] if position < len(other) else None
+    if a is None or b is None:
+        return Mismatch(position, (a, b), float("inf"))
+    logits = reference_logits(reference, prompt, [*baseline[:position], a])[-1]
+    return Mismatch(position, (a, b), abs(float(logits[a] - logits[b])))
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Index of the first difference, the shorter one's length when it is the other's beginning, None when equal."""
+    for index, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return index
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def reference_model(model: nn.Module) -> nn.Module:
+    """The model in fp32: itself, or an upcast copy (which takes 4 bytes a parameter on the same device)."""
+    if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
+
+
+@torch.inference_mode()
+def reference_logits(model: nn.Module, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
+    """fp32 logits from which each of `ids` would be drawn, by one causal forward of prompt and ids.
+
+    Returns:
+        ``(len(ids), vocab)`` on the CPU; row i saw the prompt and ``ids[:i]``.
+    """
+    device = next(model.parameters()).device
+    text = torch.tensor([[*prompt, *ids[:-1]]], device=device)
+    logits: Tensor = model(input_ids=text, use_cache=False, logits_to_keep=len(ids)).logits
+    return logits[0].float().cpu()
+
+
+def margin_noise(working: Tensor, reference: Tensor) -> float:
+    """Largest |margin of the two best tokens in working precision - margin of the same two in fp32|.
+
+    Args:
+        working: logits ``(positions, vocab)`` of a run in working precision.
+        reference: fp32 logits of the same positions.
+    """
+    best = working.float().topk(2, dim=-1)
+    same = reference.gather(-1, best.indices)
+    margin, exact = (pair[:, 0] - pair[:, 1] for pair in (best.values, same))
+    return float((margin - exact).abs().max())
+
+
+def logit_distance(working: Tensor, reference: Tensor) -> float:
+    """Largest root mean square difference over the vocabulary, of all positions ``(positions, vocab)``."""
+    return float((working.float() - reference).square().mean(dim=-1).sqrt().max())

@@ -1,0 +1,113 @@
+"""`coral-spec bench`: ways of decoding against each other on the same prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file of the target.")] = "smollm2-135m",
+    tasks: Annotated[
+        str | None, typer.Option(help="Some of sample, mt_bench, humaneval, gsm8k, separated by commas.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines (.jsonl, .jsonl.gz) with "prompt", "question" or "turns".')
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts of every task.")] = None,
+    methods: Annotated[
+        str, typer.Option(help="Some of hf, ar, prompt-lookup, ngram, coral, auto, and NAME=FOLDER of a drafter.")
+    ] = "hf,ar,auto",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
+    repeats: Annotated[int, typer.Option(help="Answer every prompt this often; the median time counts.")] = 1,
+    workers: Annotated[
+        int, typer.Option(help="Processes on one device; above 1 acceptance is measured, but no speed.")
+    ] = 1,
+    tree: Annotated[str, typer.Option(help="DEPTH,WIDTH,BUDGET for drafters; by default the device's.")] = "",
+    head: Annotated[str, typer.Option(help="Drafters propose from: auto, full, frequency, or so many rows.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    data_dir: Annotated[Path | None, typer.Option(help="Where published sets are looked for first.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures here; a killed run goes on from it.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG) here.")] = None,
+) -> int:
+    """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
+    from coral_spec.bench.methods import parse_methods
+    from coral_spec.bench.runner import Bench, Settings, open_partial
+    from coral_spec.bench.tasks import load_task, parse_tasks, read_prompts
+
+    settings = Settings(
+        model=model,
+        methods=parse_methods(methods),
+        device=device,
+        dtype=dtype,
+        tree=tree,
+        head=head,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        repeats=repeats,
+        workers=workers,
+        limit=limit,
+    )
+    names = parse_tasks(tasks if tasks is not None else "" if prompts else "sample")
+    # wrong use is told before anything is loaded
+    questions = {name: load_task(name, limit=limit, data_dir=data_dir) for name in names}
+    if prompts is not None:
+        questions[prompts.name.split(".")[0]] = read_prompts(prompts)[:limit]
+    _require_file_name("json", json, ".json")
+    _require_file_name("plot", plot, ".png")
+
+    from rich.console import Console
+
+    from coral_spec.bench.identity import judge_all
+    from coral_spec.bench.plot import save_chart
+    from coral_spec.bench.runner import run as measure
+    from coral_spec.bench.summary import DEFINITIONS, summarise_runs, table
+    from coral_spec.bench.workers import run_workers
+    from expkit.checkpoint import write_json
+    from expkit.cli import console
+    from expkit.rundir import evidence
+
+    proof = evidence(seed)
+    partial = open_partial(settings, questions, json)
+    if partial.resumed:
+        console().print(f"going on with {partial.resumed} answers of a run that was stopped")
+    try:
+        bench = Bench.load(settings)
+        if workers > 1:
+            run_workers(settings, questions, partial)
+        else:
+            measure(bench, questions, partial)
+        judgements = judge_all(bench, questions, partial.records)
+    finally:
+        partial.close()
+    runs = summarise_runs(settings, questions, partial.records, judgements)
+    target = bench.model.target
+    precision = str(target.dtype).removeprefix("torch.")
+    Console().print(table(runs))
+    if json is not None:
+        about = {"device": str(target.device), "dtype": precision, "definitions": DEFINITIONS}
+        write_json(json, {"runs": runs, "settings": {**vars(settings), **about}, **proof})
+        console().print(f"figures: {json}", soft_wrap=True)
+    if plot is not None:
+        how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
+        save_chart(runs, plot, title=f"{target.name}, {how}, {precision} on {target.device.type}")
+        console().print(f"chart: {plot}", soft_wrap=True)
+    partial.remove()
+    return 1 if any(each["identical"] == "bug" for each in runs) else 0
+
+
+def _require_file_name(option: str, path: Path | None, ending: str) -> None:
+    from expkit.errors import UsageError
+
+    if path is not None and path.suffix.lower() != ending:
+        raise UsageError(f"--{option} is {path}, needed a file name that ends in {ending}")
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"--{option} is {path}, but there is no folder {path.parent}")

@@ -1,0 +1,80 @@
+"""`coral-spec check`: is decoding with a draft lossless on this model and this machine?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file of the target.")] = "smollm2-135m",
+    draft: Annotated[str, typer.Option(help="auto, ngram, or the folder of a drafter.")] = "auto",
+    prompts: Annotated[
+        Path | None, typer.Option(help='JSON lines with "prompt", "question" or "turns"; else our own samples.')
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Prompts that are decoded greedily.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 64,
+    draws: Annotated[int, typer.Option(help="Sampled answers, at least 2000.")] = 2000,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampled answers.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from the k most probable tokens; 0 is all.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
+    tree: Annotated[str, typer.Option(help="DEPTH,WIDTH,BUDGET of the draft tree; by default the device's.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,
+) -> int:
+    """Compare greedy answers with plain decoding and sampled ones with exact probabilities; 1 when a bug is found."""
+    from coral_spec.bench.tasks import load_task, read_prompts
+    from expkit.errors import UsageError
+
+    for name, value, least in (("limit", limit, 1), ("max-new-tokens", max_new_tokens, 1), ("top-k", top_k, 0)):
+        if value < least:
+            raise UsageError(f"{name} is {value}, needed at least {least}")
+    if draws < 2000:
+        raise UsageError(f"draws is {draws}, needed at least 2000: fewer would let small errors pass")
+    if not 0 < temperature < float("inf"):
+        raise UsageError(f"temperature is {temperature}, needed above 0 (greedy decoding is always checked too)")
+    if draft == "none":
+        raise UsageError("draft is 'none', which is the baseline itself; needed auto, ngram or a folder")
+    if json is not None and not json.parent.is_dir():
+        raise UsageError(f"--json is {json}, but there is no folder {json.parent}")
+    questions = (read_prompts(prompts) if prompts is not None else load_task("sample"))[:limit]
+
+    from rich.console import Console
+
+    import coral_spec
+    from coral_spec.check.report import check, table
+    from coral_spec.tree import TreeShape
+    from expkit.checkpoint import write_json
+    from expkit.cli import console, progress
+    from expkit.rundir import evidence
+
+    proof = evidence(seed)
+    shape = TreeShape.parse(tree) if tree else None
+    loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape)
+    with progress() as bar:
+        tasks: dict[str, object] = {}
+
+        def show(part: str, done: int, total: int) -> None:
+            if part not in tasks:
+                tasks[part] = bar.add_task(part, total=total)
+            bar.advance(tasks[part], done)  # type: ignore[arg-type]
+
+        report = check(
+            loaded,
+            [loaded.encode(question.text) for question in questions],
+            tree=shape,
+            max_new_tokens=max_new_tokens,
+            draws=draws,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+            on_progress=show,
+        )
+    Console().print(table(report))
+    if json is not None:
+        write_json(json, {**report.to_dict(), **proof})
+        console().print(f"figures: {json}", soft_wrap=True)
+    return 0 if report.passed else 1
