@@ -64,9 +64,7 @@ def write_json(path: Path, obj: object) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
-def save_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Tensors that share memory are written once each."""
     seen: set[int] = set()
     ready: dict[str, Tensor] = {}
@@ -128,9 +126,7 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = keep
 
-    def save(
-        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: bool = False
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], best: bool = False) -> Path:
         """Write a checkpoint whole or not at all, then drop the ones no longer kept; returns its folder.
 
         Raises:

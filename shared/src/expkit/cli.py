@@ -32,9 +32,7 @@ def make_app(name: str, help: str, distribution: str) -> typer.Typer:
         help: one paragraph for `--help`.
         distribution: the installed distribution whose version `--version` prints.
     """
-    app = typer.Typer(
-        name=name, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-    )
+    app = typer.Typer(name=name, help=help, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
     def show_version(wanted: bool) -> None:
         if wanted:

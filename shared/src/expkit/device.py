@@ -21,6 +21,7 @@ _DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
 }
+_CPUINFO = Path("/proc/cpuinfo")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names them; the last one is arm's
 
 
@@ -69,7 +70,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     """Whether the processor multiplies in bfloat16 (AVX512-BF16, AMX, arm's bf16); unknown counts as no."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
     for line in text.splitlines():

@@ -127,7 +127,8 @@ def _command() -> str:
         start = [script.name]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     if processes is not None:
-        start = ["torchrun", "--nproc-per-node", processes, *start[start[0] == "python" :]]
+        start = start[1:] if start[0] == "python" else ["--no-python", *start]
+        start = ["torchrun", "--nproc-per-node", processes, *start]
     return shlex.join([*start, *sys.argv[1:]])
 
 
