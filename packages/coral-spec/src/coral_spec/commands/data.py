@@ -41,14 +41,13 @@ def run(
     ):
         _positive(name, value)
 
-    from expkit.cli import console, progress
-    from expkit.distributed import join, leave
-
     from coral_spec.targets import load_target
     from coral_spec.training.answering import answer_prompts, own_prompts
     from coral_spec.training.data import Answers
     from coral_spec.training.generation import Sampling
     from coral_spec.training.prompts import encode_prompts, read_prompts
+    from expkit.cli import console, progress
+    from expkit.distributed import join, leave
 
     rows = read_prompts(prompts, limit) if prompts is not None else []  # a wrong file fails before a model loads
     world = join()

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from expkit.checkpoint import write_text
-from expkit.distributed import World, barrier
-from expkit.errors import UsageError
 
 from coral_spec.training.data import Manifest, shard_path, write_shard
 from coral_spec.training.generation import Answer, Sampling, answer_batch, cache_bytes_per_token
 from coral_spec.training.prompts import EncodedPrompts, Prompt, read_prompts, write_own_prompts
+from expkit.checkpoint import write_text
+from expkit.distributed import World, barrier
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     from coral_spec.targets import Target

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from expkit.checkpoint import load_tensors, save_tensors, write_json
-from expkit.errors import UsageError
 from torch import Tensor
 
 from coral_spec.training.generation import Answer
+from expkit.checkpoint import load_tensors, save_tensors, write_json
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     from coral_spec.targets import Target
@@ -149,6 +149,18 @@ class Answers:
             prompt_lengths=torch.cat([shard["prompt_lengths"].long() for shard in shards]),
             ended=torch.cat([shard["ended"].bool() for shard in shards]),
             prompt_index=torch.cat([shard["prompt_index"].long() for shard in shards]),
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Answers]) -> Answers:
+        """Rows of several folders one after the other; equal prompt numbers count as the same prompt."""
+        lengths = torch.cat([part.lengths for part in parts])
+        return cls(
+            tokens=torch.cat([part.tokens for part in parts]),
+            offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
+            ended=torch.cat([part.ended for part in parts]),
+            prompt_index=torch.cat([part.prompt_index for part in parts]),
         )
 
     @property

@@ -281,9 +281,7 @@ def grouped_attention(
     groups = heads // key.shape[1]
     if length == 1:
         packed = query.reshape(batch, key.shape[1], groups, size)
-        attended = functional.scaled_dot_product_attention(
-            packed, key, value, attn_mask=attention_mask, scale=scaling
-        )
+        attended = functional.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask, scale=scaling)
         return attended.reshape(batch, 1, heads, size), None
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     attended = functional.scaled_dot_product_attention(

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from expkit.errors import UsageError
-
 from coral_spec.training.generation import Sampling, answer_batch
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     from coral_spec.targets import Target

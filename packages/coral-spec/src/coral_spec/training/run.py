@@ -1,0 +1,151 @@
+"""The job behind `coral-spec train`: a run directory around a `Trainer`, from its start or its last checkpoint to the drafter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coral_spec.targets import Target
+from coral_spec.training.config import TrainConfig
+from coral_spec.training.data import Answers, Manifest, require_same_target
+from coral_spec.training.evaluate import Acceptance
+from coral_spec.training.report import model_card, plot_curves, save_drafter
+from coral_spec.training.trainer import Trainer, fit
+from expkit.checkpoint import CheckpointStore, write_json
+from expkit.cli import console, progress
+from expkit.device import peak_memory
+from expkit.distributed import World, barrier
+from expkit.errors import UsageError
+from expkit.metrics import read_metrics
+from expkit.rundir import RunDir, evidence
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: the run's directory; the drafter is in its folder `drafter`.
+        result: the figures that `result.json` holds.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def read_answers(config: TrainConfig, target: Target) -> tuple[Answers, list[Manifest]]:
+    """The answers of all data folders, in order.
+
+    Raises:
+        UsageError: a folder without answers, incomplete, or written by another model.
+    """
+    manifests = [Manifest.read(folder) for folder in config.data]
+    for manifest, folder in zip(manifests, config.data, strict=True):
+        require_same_target(manifest, target, folder)
+    return Answers.join([Answers.read(folder) for folder in config.data]), manifests
+
+
+def train(config: TrainConfig, target: Target, runs: Path, world: World, *, resume: bool = False) -> Outcome | None:
+    """Train, evaluate, keep checkpoints, and leave a drafter; the other processes return None.
+
+    Args:
+        runs: folder of all runs.
+        resume: go on with the run of this name.
+
+    Raises:
+        UsageError: see `read_answers` and `RunDir.create`.
+    """
+    record = evidence(config.seed)
+    answers, manifests = read_answers(config, target)
+    trainer = Trainer(config, target, answers, world)
+    folder = runs / config.name
+    run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
+    barrier()
+    checkpoint = CheckpointStore(folder / "checkpoints").latest() if resume else None
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if run is None:
+        fit(trainer, lambda: None, lambda _: trainer.take_metrics() and None)
+        barrier()
+        return None
+    try:
+        _fit_with_records(trainer, run)
+    finally:
+        run.metrics.close()
+    barrier()
+    return _finish(trainer, run, manifests, record)
+
+
+def _fit_with_records(trainer: Trainer, run: RunDir) -> None:
+    config, clock = trainer.config, trainer.clock
+    console().print(
+        f"{config.target}, {config.align_steps} step(s), {len(trainer.training_rows)} answers, "
+        f"{len(trainer.held_out)} held-out batches: {run.path}"
+    )
+    before = (clock.seconds, clock.tokens)
+
+    with progress() as bar:
+        task = bar.add_task(config.name, total=config.steps, completed=clock.step)
+
+        def log(**extra: float) -> None:
+            nonlocal before
+            clock, metrics = trainer.clock, trainer.take_metrics()
+            trainer.tick()
+            seconds, tokens = clock.seconds - before[0], clock.tokens - before[1]
+            before = (clock.seconds, clock.tokens)
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            speed = tokens / max(seconds, 1e-9)
+            run.metrics.log(clock.step, lr=rate, seconds=clock.seconds, tokens_per_second=speed, **metrics, **extra)
+
+        def on_step() -> None:
+            step = trainer.clock.step
+            bar.update(task, completed=step)
+            if step % config.log_every == 0 and step % config.evaluation.every != 0 and trainer.progress() < 1:
+                log()
+
+        def on_evaluation(found: Acceptance | None) -> None:
+            assert found is not None
+            rates = {f"rate_{depth}": rate for depth, rate in enumerate(found.rates, start=1)}
+            log(tau_sim=found.tau, epoch=float(trainer.plan.epoch_of(trainer.clock.step - 1)), **rates)
+            better = found.tau > trainer.clock.best
+            trainer.clock.best = max(found.tau, trainer.clock.best)
+            run.checkpoints.save(trainer.clock.step, trainer.drafter.state_dict(), trainer.state(), best=better)
+            bar.update(task, description=f"{config.name}: {found.tau:.2f} tokens per round")
+
+        fit(trainer, on_step, on_evaluation)
+
+
+def _finish(trainer: Trainer, run: RunDir, manifests: list[Manifest], record: dict[str, Any]) -> Outcome:
+    config, clock = trainer.config, trainer.clock
+    best = run.checkpoints.best()
+    if best is None:
+        raise UsageError(f"{run.path} has no checkpoint to make a drafter of")
+    lines = read_metrics(run.path / "metrics.jsonl")
+    scored = {int(line["step"]): line for line in lines if "tau_sim" in line}
+    rates = [value for name, value in scored[best.step].items() if name.startswith("rate_")]
+    result = {
+        **record,
+        "name": config.name,
+        "target": trainer.target.name,
+        "align_steps": config.align_steps,
+        "tau_sim": scored[best.step]["tau_sim"],
+        "rates": rates,
+        "best_step": best.step,
+        "steps": clock.step,
+        "tokens": clock.tokens,
+        "minutes": clock.seconds / 60,
+        "tokens_per_second": clock.tokens / max(clock.seconds, 1e-9),
+        "answer_tokens": trainer.answers.answer_tokens,
+        "held_out_rows": sum(len(batch.tokens) for batch in trainer.held_out),
+        "peak_memory_bytes": peak_memory(trainer.target.device),
+        "data": [asdict(manifest) for manifest in manifests],
+    }
+    trainer.drafter.load_state_dict(best.tensors)
+    ranking = trainer.answers.frequency_ranking(trainer.training_rows, trainer.backbone.vocab_size)
+    save_drafter(run.path / "drafter", trainer.drafter, model_card(config, result, manifests), ranking)
+    title = f"{config.name}: {config.align_steps} step(s), {config.target}"
+    if not plot_curves(run.path / "curves.png", lines, title):
+        console().print("curves.png is left out: matplotlib is not installed")
+    write_json(run.path / "result.json", result)
+    return Outcome(run.path, result)
