@@ -1,7 +1,7 @@
 """Tiny random targets of every architecture that the package holds: real classes, a few thousand weights.
 
-    from tiny import tiny_target
-    target = tiny_target("gemma3", seed=1)
+from tiny import tiny_target
+target = tiny_target("gemma3", seed=1)
 """
 
 from __future__ import annotations
@@ -9,10 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from coral_spec.targets.target import Target, make_target
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from coral_spec.targets.target import Target, make_target
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "mistral-window", "gemma3")
 SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>")

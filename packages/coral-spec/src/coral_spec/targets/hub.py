@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from expkit.errors import UsageError
-
 from coral_spec.targets.quiet import first_line
+from expkit.errors import UsageError
 
 # Weights, configuration and tokenizer under their usual names; a repository may hold the same weights thrice.
 FILES = [

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from expkit.errors import UsageError
 
 from coral_spec.targets.aliases import ALIASES, CONVERSION, Alias
 from coral_spec.targets.home import models_folder, preparation
 from coral_spec.targets.quiet import first_line, quiet_transformers
 from coral_spec.targets.target import Target, make_target
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -103,11 +103,11 @@ def prepare_gguf(path: Path) -> Path:
 
 
 def _convert(name: str, path: Path, folder: Path) -> None:
-    from expkit.cli import console
+    from rich.console import Console
 
     from coral_spec.targets.gguf import convert_gguf
 
-    screen = console()
+    screen = Console(file=sys.stderr)  # bound now, since the conversion turns sys.stderr aside
     if screen.is_terminal:
         with screen.status(f"converting {name} to safetensors, once ..."):
             convert_gguf(path, folder)
@@ -139,8 +139,9 @@ def _require_decoder(name: str, config: PreTrainedConfig) -> None:
     classes: tuple[Any, ...] = found if isinstance(found, tuple) else (found,)
     saved = config.architectures or []
     if saved and not {each.__name__ for each in classes} & set(saved):
-        raise UsageError(f"{name} was saved as {', '.join(saved)}, expected a causal language model such as "
-                         f"{classes[0].__name__}")
+        raise UsageError(
+            f"{name} was saved as {', '.join(saved)}, expected a causal language model such as {classes[0].__name__}"
+        )
     layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
     other = layers - {"full_attention", "sliding_attention"}
     if other or any(getattr(each, "_is_stateful", False) for each in classes):
@@ -170,8 +171,9 @@ def _load_model(
 
     if not list(folder.glob("*.safetensors")):
         raise UsageError(f"{name}: {folder} has no .safetensors file; other formats could run code and are not read")
+    auto: Any = AutoModelForCausalLM  # its annotation leaves out the pair that is returned with loading info
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
             config=config,
             dtype=dtype,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' bars and warnings inside the block, then put its settings back."""
-    from transformers.utils import logging
+    from transformers import utils
 
+    logging: Any = utils.logging  # untyped
     verbosity = logging.get_verbosity()
     had_bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

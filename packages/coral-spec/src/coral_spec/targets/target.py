@@ -80,14 +80,13 @@ def make_target(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
     Raises:
         UsageError: the configuration states no context length.
     """
-    model.eval()
+    model.train(False)
     model.requires_grad_(False)
     config = model.config.get_text_config()
     context_length = getattr(config, "max_position_embeddings", None)
     if not isinstance(context_length, int) or context_length < 1:
         raise UsageError(f"{name}: max_position_embeddings is {context_length!r}, expected a positive number")
-    weight = model.get_input_embeddings().weight
-    assert not isinstance(weight, str)
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
     return Target(
         name=name,
         model=model,
