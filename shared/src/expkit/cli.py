@@ -139,6 +139,10 @@ class _Progress(Progress):
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._due = time.monotonic() + _PLAIN_INTERVAL
 
+    def stop(self) -> None:
+        if not self.disable:  # rich before 14 ends even a disabled display with an empty line
+            super().stop()
+
     def advance(self, task_id: Any, advance: float = 1) -> None:
         super().advance(task_id, advance)
         self._plain_line(task_id)
