@@ -58,7 +58,6 @@ def _label(run: Mapping[str, Any], value: str) -> str:
         return ""
     if value == "tau":
         return f"{run['tau']:.2f}"
-    lines = [f"{run['speedup'][base]:.2f}x {base}" for base in ("hf", "ar") if run["speedup"][base] is not None]
-    if run["method"] in ("hf", "ar"):
-        lines = [line for line in lines if not line.endswith(f" {run['method']}")]
+    shown = {"hf": (), "ar": ("hf",)}.get(run["method"], ("hf", "ar"))
+    lines = [f"{run['speedup'][base]:.2f}x {base}" for base in shown if run["speedup"][base] is not None]
     return "\n".join([f"{run[value]:.1f}", *lines])

@@ -108,11 +108,11 @@ def _prompt(record: Record, judgement: Judgement | None, timed: bool) -> dict[st
 def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     """The runs as a table for the terminal."""
     out = Table(title="greedy" if not runs[0]["temperature"] else f"temperature {runs[0]['temperature']}")
-    out.add_column("task")
-    out.add_column("method")
-    for column in ("tokens/s", "x ar", "x hf", "tau", "tau (prompts)"):
+    out.add_column("task", no_wrap=True)
+    out.add_column("method", no_wrap=True)
+    for column in ("tokens/s", "x ar", "x hf", "tau", "(prompts)"):
         out.add_column(column, justify="right")
-    out.add_column("identical to ar")
+    out.add_column("identical")
     for index, run in enumerate(runs):
         last = index + 1 == len(runs) or runs[index + 1]["task"] != run["task"]
         out.add_row(
@@ -136,9 +136,9 @@ def _number(value: float | None, digits: int) -> str:
 def _identical(run: Mapping[str, Any]) -> str:
     match run["identical"]:
         case "ties":
-            return f"ties ({run['ties']} of {run['prompts']} prompts)"
+            return f"ties ({run['ties']} of {run['prompts']})"
         case "bug":
-            return f"[bold red]bug ({run['bugs']} of {run['prompts']} prompts)[/]"
+            return f"[bold red]bug ({run['bugs']} of {run['prompts']})[/]"
         case None:
             return "-"
         case other:

@@ -1,0 +1,65 @@
+"""A conversation runs only what is new, and says what a fresh one would say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coral_spec.model import load
+from coral_spec.sampling import Sampling
+from drafting import drafting_model
+from expkit.errors import UsageError
+from tiny import tiny_target
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_kept_cache_answers_like_a_fresh_one(architecture, tmp_path):
+    model = drafting_model(tiny_target(architecture, context=2048), tmp_path)
+    conversation = model.chat(system="short")
+    for text in ("tell me a tale", "and then", "why so"):
+        before = [*conversation.messages, {"role": "user", "content": text}]
+        answer = conversation.send(text, max_new_tokens=24)
+        assert answer.token_ids == model.generate(before, max_new_tokens=24).token_ids
+        assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
+
+
+def test_a_later_turn_prefills_only_what_is_new(tmp_path, monkeypatch):
+    model = drafting_model(tiny_target("llama", context=2048), tmp_path)
+    conversation = model.chat()
+    conversation.send("a long first message " * 8, max_new_tokens=8)
+    kept = []
+    session = conversation._session
+    prefill = session.prefill
+    monkeypatch.setattr(session, "prefill", lambda ids, keep=0: kept.append((keep, len(ids))) or prefill(ids, keep))
+    conversation.send("next", max_new_tokens=8)
+    (keep, length) = kept[0]
+    assert keep > 150
+    assert length - keep < 60
+
+
+def test_a_base_model_cannot_converse():
+    model = load(tiny_target("llama", chat=False), draft="none")
+    with pytest.raises(UsageError, match="chat template"):
+        model.chat().send("hello")
+
+
+@pytest.mark.parametrize("draft", ["none", "drafter"])
+def test_rows_of_a_prefix_are_the_answers_to_their_seeds(draft, tmp_path):
+    target = tiny_target("mistral-window")
+    model = load(target, draft="none") if draft == "none" else drafting_model(target, tmp_path)
+    ids = [5, 9, 40, 7, 5, 9, 40, 8] * 4
+    prefix = model.prefix(ids)
+    for seeds in ([1, 2, 3, 4], [4, 9]):  # a prefix is used again and again
+        rows = prefix.generate(seeds, max_new_tokens=12, sampling=Sampling(temperature=1.1))
+        for seed, row in zip(seeds, rows, strict=True):
+            alone = model.generate(ids, max_new_tokens=12, temperature=1.1, seed=seed, ignore_eos=True)
+            assert row == alone.token_ids
+
+
+def test_a_prefix_grows_when_asked_for_more():
+    model = load(tiny_target("llama"), draft="ngram")
+    prefix = model.prefix([3, 4, 5, 3, 4, 5], capacity=4)
+    rows = prefix.generate([0, 1], max_new_tokens=30, sampling=Sampling(temperature=0.5))
+    alone = model.generate([3, 4, 5, 3, 4, 5], max_new_tokens=30, temperature=0.5, seed=1, ignore_eos=True)
+    assert rows[1] == alone.token_ids
+    assert torch.equal(prefix.logits, model.prefix([3, 4, 5, 3, 4, 5]).logits)
