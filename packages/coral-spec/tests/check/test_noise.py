@@ -1,0 +1,105 @@
+"""The rule that tells ties from bugs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from coral_spec.check.noise import (
+    Mismatch,
+    find_mismatch,
+    first_difference,
+    is_tie,
+    judge,
+    logit_distance,
+    margin_noise,
+    reference_logits,
+    reference_model,
+    summarise,
+)
+from tiny import tiny_target
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "place"), [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [], None)]
+)
+def test_the_first_difference_is_where_two_answers_part(a: list[int], b: list[int], place: int | None) -> None:
+    assert first_difference(a, b) == place
+
+
+def test_in_bf16_a_gap_within_the_runs_noise_is_a_tie_and_one_above_is_not() -> None:
+    assert is_tie(0.2, 0.25, torch.bfloat16)
+    assert not is_tie(0.3, 0.25, torch.bfloat16)
+
+
+def test_no_noise_excuses_a_gap_above_the_cap() -> None:
+    assert not is_tie(0.6, 10.0, torch.bfloat16)
+    assert not is_tie(0.1, 10.0, torch.float16)
+
+
+def test_in_fp32_only_a_gap_under_a_thousandth_is_a_tie_whatever_the_noise() -> None:
+    assert is_tie(9e-4, 0.0, torch.float32)
+    assert not is_tie(2e-3, 10.0, torch.float32)
+
+
+def test_logits_twice_as_far_from_fp32_as_the_baselines_are_a_bug_even_with_the_same_tokens() -> None:
+    assert judge(None, torch.bfloat16, noise=0.3, distance=0.09, baseline_distance=0.05).verdict == "exact"
+    assert judge(None, torch.bfloat16, noise=0.3, distance=0.11, baseline_distance=0.05).verdict == "bug"
+
+
+def test_a_close_gap_is_no_excuse_for_logits_that_are_too_far() -> None:
+    mismatch = Mismatch(3, (1, 2), gap=0.01)
+    assert judge(mismatch, torch.bfloat16, noise=0.3, distance=0.05, baseline_distance=0.05).verdict == "tie"
+    assert judge(mismatch, torch.bfloat16, noise=0.3, distance=0.5, baseline_distance=0.05).verdict == "bug"
+
+
+def test_one_bug_makes_the_whole_run_a_bug() -> None:
+    assert summarise(["exact", "tie", "exact"]) == "ties"
+    assert summarise(["tie", "bug"]) == "bug"
+    assert summarise(["exact"]) == "exact"
+
+
+def test_reference_logits_are_those_that_each_token_is_drawn_from() -> None:
+    target = tiny_target()
+    logits = reference_logits(target.model, [5, 6, 7], [8, 9])
+    alone = target.model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
+    after = target.model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1]
+    torch.testing.assert_close(logits, torch.stack([alone, after]))
+
+
+def test_the_gap_is_that_of_the_two_tokens_after_the_common_beginning() -> None:
+    model = tiny_target().model
+    mismatch = find_mismatch(model, [5, 6], [7, 8, 9], [7, 10, 11])
+    logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
+    assert mismatch is not None and mismatch.position == 1 and mismatch.tokens == (8, 10)
+    assert mismatch.gap == pytest.approx(abs(float(logits[8] - logits[10])), abs=1e-5)
+
+
+def test_an_answer_that_ends_too_early_is_never_a_tie() -> None:
+    mismatch = find_mismatch(tiny_target().model, [5], [7, 8], [7])
+    assert mismatch is not None
+    assert judge(mismatch, torch.bfloat16, noise=0.5).verdict == "bug"
+
+
+def test_margin_noise_compares_the_same_two_tokens_in_both_precisions() -> None:
+    working = torch.tensor([[3.0, 2.5, 0.0], [1.0, 0.0, 0.9]])
+    exact = torch.tensor([[2.9, 2.6, 9.0], [1.0, 0.0, 0.95]])
+    assert margin_noise(working, exact) == pytest.approx(0.2)
+
+
+def test_distance_is_the_largest_root_mean_square_of_any_position() -> None:
+    exact = torch.zeros(2, 4)
+    working = torch.tensor([[0.1] * 4, [0.2, -0.2, 0.2, -0.2]])
+    assert logit_distance(working, exact) == pytest.approx(0.2)
+
+
+def test_the_reference_of_an_fp32_model_is_itself_and_of_another_an_upcast_copy() -> None:
+    target = tiny_target()
+    assert reference_model(target.model) is target.model
+    half = copy.deepcopy(target.model).bfloat16()
+    upcast = reference_model(half)
+    assert upcast is not half
+    assert {parameter.dtype for parameter in upcast.parameters()} == {torch.float32}
+    assert next(half.parameters()).dtype == torch.bfloat16
