@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_target
 
 from coral_spec.training import answering
 from coral_spec.training.answering import answer_prompts, plan_batches
@@ -17,6 +16,7 @@ from coral_spec.training.generation import Answer, Sampling
 from coral_spec.training.prompts import encode_prompts, read_prompts, user_prefix, write_own_prompts
 from expkit.distributed import World
 from expkit.errors import UsageError
+from tiny import tiny_target
 
 ALONE = World(rank=0, size=1, local_rank=0)
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=12)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_target
 
 from coral_spec.training import generation
 from coral_spec.training.generation import Sampling, answer_batch, sample_tokens
+from tiny import ARCHITECTURES, tiny_target
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19], [20], [30, 31, 32, 33, 34, 35] * 4]
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_target
 from torch import Tensor
 
 from coral_spec.drafter import Drafter
 from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
 from coral_spec.training.initialise import new_drafter
+from tiny import tiny_target
 
 WIDTH, LENGTH, STEPS = 32, 11, 4
 

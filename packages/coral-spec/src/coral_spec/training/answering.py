@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -138,4 +138,5 @@ def _answer_shard(
 
 
 def _vocab_size(target: Target) -> int:
-    return int(target.model.get_output_embeddings().weight.shape[0])
+    model: Any = target.model
+    return int(model.get_output_embeddings().weight.shape[0])

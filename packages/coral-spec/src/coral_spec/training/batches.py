@@ -66,7 +66,7 @@ def split_rows(answers: Answers, held_out_prompts: int, max_length: int, seed: i
     Raises:
         ValueError: nothing is left to train on.
     """
-    prompts = answers.prompt_index.unique()
+    prompts = torch.unique(answers.prompt_index)
     held = prompts[torch.randperm(len(prompts), generator=_generator(seed, 0))[:held_out_prompts]]
     usable = answers.lengths.clamp(max=max_length) - answers.prompt_lengths >= 3
     is_held = torch.isin(answers.prompt_index, held)
@@ -111,7 +111,7 @@ class BatchPlan:
         generator = _generator(self.seed, epoch + 1)
         order = torch.randperm(len(self.rows), generator=generator)
         batches: list[Tensor] = []
-        for pool in order.split(POOL):
+        for pool in torch.split(order, POOL):
             batches += group_by_length(self.lengths, pool, self.tokens)
         shuffled = torch.randperm(len(batches), generator=generator).tolist()
         return [self.rows[batches[index]] for index in shuffled]

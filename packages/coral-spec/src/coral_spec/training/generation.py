@@ -139,8 +139,8 @@ class _Loop:
         self.device = target.device
         self.rows, self.width = len(prompts), max(map(len, prompts))
         self.columns = _round_up(self.width + sampling.max_new_tokens)
-        self.decoder: Any = target.model.get_decoder()
-        self.head: Any = target.model.get_output_embeddings()
+        model: Any = target.model
+        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.config = target.model.config.get_text_config()
         padding = [self.width - len(prompt) for prompt in prompts]
         ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
@@ -216,9 +216,8 @@ class _Loop:
     def sample(self, hidden: Tensor) -> Tensor:
         """Next tokens ``(rows,)``; a bounded number of logit rows is in fp32 at a time."""
         per_chunk = max(1, SAMPLE_ELEMENTS // self.head.weight.shape[0])
-        return torch.cat(
-            [sample_tokens(self.head(part), self.sampling, self.generator) for part in hidden.split(per_chunk)]
-        )
+        parts = torch.split(hidden, per_chunk)
+        return torch.cat([sample_tokens(self.head(part), self.sampling, self.generator) for part in parts])
 
     def record(self, step: int, tokens: Tensor) -> None:
         going = ~self.ended[self.alive]

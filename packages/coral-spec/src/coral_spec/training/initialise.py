@@ -41,7 +41,8 @@ def new_drafter(target: Target, how: str, seed: int) -> Drafter:
 
 @torch.no_grad()
 def _copy_last_layer(drafter: Drafter, target: Target) -> None:
-    decoder: Any = target.model.get_decoder()
+    model: Any = target.model
+    decoder = model.get_decoder()
     source = {name: weight.float().cpu() for name, weight in decoder.layers[-1].state_dict().items()}
     own = drafter.layer.state_dict()
     extra = set(source) - {f"{name}.weight" for name in (*_COPIED, *_FOLDED, "input_layernorm")}

@@ -63,7 +63,7 @@ def draft_loss(
     wide = functional.smooth_l1_loss(predicted.float(), features.float(), reduction="none").mean(-1)
     feature = wide.sum() * scale
     _, soft_weight, top_weight = weights
-    entropy, soft, top, agreed, found = _ChunkedEntropy.apply(  # type: ignore[no-untyped-call]
+    entropy, soft, top, agreed, found = _ChunkedEntropy.apply(
         predicted, features, head, soft_weight, top_weight, top_k, scale, chunk, top_ids, compiled
     )
     return LossParts(weights[0] * feature + entropy, feature.detach(), soft, top, agreed, found)

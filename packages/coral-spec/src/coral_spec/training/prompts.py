@@ -122,7 +122,7 @@ def write_own_prompts(
         answers = answer_batch(target, [prefix] * batch, sampling, seed=seed + attempt)
         for answer in answers:
             if answer.ended and len(answer.tokens) > SELF_PROMPT_TOKENS[0]:
-                found.setdefault(target.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip())
+                found.setdefault(str(target.tokenizer.decode(answer.tokens, skip_special_tokens=True)).strip())
         if len(found) >= count:
             break
     return [text for text in found if text][:count]

@@ -32,8 +32,8 @@ target's own. It shares the target's embeddings and head, which are not in this 
     coral-spec generate "..." --model {config.target} --draft THIS_FOLDER
 
 ## Training
-Recipe: {recipe}; seed {config.seed}; {result["steps"]:,} optimiser steps, {result["tokens"]:,} tokens through the target
-(padding left out), {result["minutes"]:.1f} minutes. Answers the target wrote itself:
+Recipe: {recipe}; seed {config.seed}; {result["steps"]:,} optimiser steps, {result["tokens"]:,} tokens through the
+target (padding left out), {result["minutes"]:.1f} minutes. Answers the target wrote itself:
 
 {sources}
 

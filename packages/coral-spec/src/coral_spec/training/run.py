@@ -1,4 +1,4 @@
-"""The job behind `coral-spec train`: a run directory around a `Trainer`, from its start or its last checkpoint to the drafter."""
+"""The job behind `coral-spec train`: a run directory around a `Trainer`, from start or checkpoint to the drafter."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def train(config: TrainConfig, target: Target, runs: Path, world: World, *, resu
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if run is None:
-        fit(trainer, lambda: None, lambda _: trainer.take_metrics() and None)
+        _fit_along(trainer)
         barrier()
         return None
     try:
@@ -75,6 +75,24 @@ def train(config: TrainConfig, target: Target, runs: Path, world: World, *, resu
         run.metrics.close()
     barrier()
     return _finish(trainer, run, manifests, record)
+
+
+def _fit_along(trainer: Trainer) -> None:
+    """The part of processes that write nothing: metrics are averaged over all, so they take part in that."""
+    schedule = trainer.config
+
+    def on_step() -> None:
+        if _logs_now(schedule, trainer.clock.step) and trainer.progress() < 1:
+            trainer.take_metrics()
+
+    def on_evaluation(_: Acceptance | None) -> None:
+        trainer.take_metrics()
+
+    fit(trainer, on_step, on_evaluation)
+
+
+def _logs_now(config: TrainConfig, step: int) -> bool:
+    return step % config.log_every == 0 and step % config.evaluation.every != 0
 
 
 def _fit_with_records(trainer: Trainer, run: RunDir) -> None:
@@ -99,9 +117,8 @@ def _fit_with_records(trainer: Trainer, run: RunDir) -> None:
             run.metrics.log(clock.step, lr=rate, seconds=clock.seconds, tokens_per_second=speed, **metrics, **extra)
 
         def on_step() -> None:
-            step = trainer.clock.step
-            bar.update(task, completed=step)
-            if step % config.log_every == 0 and step % config.evaluation.every != 0 and trainer.progress() < 1:
+            bar.update(task, completed=trainer.clock.step)
+            if _logs_now(config, trainer.clock.step) and trainer.progress() < 1:
                 log()
 
         def on_evaluation(found: Acceptance | None) -> None:

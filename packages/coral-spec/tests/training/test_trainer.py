@@ -1,0 +1,215 @@
+"""Training runs: they learn, they resume to the bit, they leave a drafter that loads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from coral_spec.drafter import Drafter, load_ranking
+from coral_spec.targets import Target
+from coral_spec.training import run as run_module
+from coral_spec.training.config import BatchConfig, OptimizerConfig, TrainConfig
+from coral_spec.training.data import Answers
+from coral_spec.training.initialise import new_drafter
+from coral_spec.training.run import train
+from coral_spec.training.trainer import Trainer
+from expkit.checkpoint import CheckpointStore
+from expkit.config import load_config
+from expkit.distributed import World
+from expkit.errors import UsageError
+from expkit.metrics import read_metrics
+from making_answers import small_config, write_answers
+from tiny import tiny_target
+
+ALONE = World(rank=0, size=1, local_rank=0)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+@pytest.fixture(scope="module")
+def data(target: Target, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("answers")
+    write_answers(folder, target)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    checkpoint = CheckpointStore(folder / "checkpoints").latest()
+    assert checkpoint is not None
+    return checkpoint.tensors
+
+
+def test_a_run_leaves_a_drafter_figures_and_curves(target: Target, data: Path, tmp_path: Path) -> None:
+    outcome = train(small_config(data), target, tmp_path, ALONE)
+    assert outcome is not None
+    folder = tmp_path / "run"
+    assert {"config.toml", "env.json", "metrics.jsonl", "curves.png", "result.json"} <= {
+        entry.name for entry in folder.iterdir()
+    }
+    Drafter.load(folder / "drafter", target)
+    ranking = load_ranking(folder / "drafter")
+    assert ranking is not None and sorted(ranking.tolist()) == list(range(259))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 4 and result["tau_sim"] >= 1 and len(result["rates"]) == 3
+    assert {"command", "seed", "versions", "hardware", "git", "started"} <= set(result)
+    assert "HASS" in (folder / "drafter" / "README.md").read_text()
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"feature_1", "soft_2", "top_2", "agreed_1", "lr", "tokens_per_second"} <= set(lines[0])
+    assert lines[1]["top_1"] == 0 and lines[3]["top_1"] > 0
+
+
+def test_a_killed_run_resumed_equals_an_uninterrupted_one(
+    target: Target, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(data, steps=6)
+    train(config, target, tmp_path / "whole", ALONE)
+    original = Trainer.step
+
+    def killed(self: Trainer) -> None:
+        if self.clock.step == 3:
+            raise KeyboardInterrupt
+        original(self)
+
+    monkeypatch.setattr(Trainer, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, target, tmp_path / "killed", ALONE)
+    monkeypatch.setattr(Trainer, "step", original)
+    train(config, target, tmp_path / "killed", ALONE, resume=True)
+    whole, resumed = weights(tmp_path / "whole" / "run"), weights(tmp_path / "killed" / "run")
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    curves = [read_metrics(tmp_path / kind / "run" / "metrics.jsonl") for kind in ("whole", "killed")]
+    timing = {"seconds", "tokens_per_second"}
+    assert [{k: v for k, v in line.items() if k not in timing} for line in curves[0]] == [
+        {k: v for k, v in line.items() if k not in timing} for line in curves[1]
+    ]
+
+
+def test_losses_fall_and_acceptance_rises(target: Target, data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=80, noise=0.0, optimizer=OptimizerConfig(lr=1e-2))
+    trainer = Trainer(config, target, Answers.read(data), ALONE)
+    trainer.held_out = [trainer.plan.batch(0)]  # whether it can learn at all, so on what it learns from
+    before = trainer.evaluate()
+    trainer.step()
+    first = trainer.take_metrics()
+    for _ in range(78):
+        trainer.step()
+    trainer.take_metrics()
+    trainer.step()
+    last = trainer.take_metrics()
+    for name in ("soft_1", "soft_2", "feature_1", "feature_2"):
+        assert last[name] < 0.9 * first[name], (name, first[name], last[name])
+    assert trainer.evaluate().tau > before.tau + 0.2
+
+
+def test_prompt_and_padding_do_not_reach_the_gradient(target: Target, data: Path) -> None:
+    config = small_config(data, noise=0.0, align_steps=1)
+    trainer = Trainer(config, target, Answers.read(data), ALONE)
+    batch = trainer.plan.batch(0)
+    seen: list[torch.Tensor] = []
+    original = trainer.forward
+
+    def recorded(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features, embeddings = original(tokens)
+        spoiled = features.clone()
+        labels = torch.zeros(tokens.shape, dtype=torch.bool)
+        labels.view(-1)[batch.positions(1) + 1] = True
+        inputs = torch.arange(tokens.shape[1]) <= batch.last[:, None]
+        spoiled[~(labels | inputs)] = 1e4  # padding
+        seen.append(spoiled)
+        return spoiled if len(seen) > 1 else features, embeddings
+
+    trainer.forward = recorded  # type: ignore[method-assign]
+    gradients = []
+    for _ in range(2):
+        trainer.optimizer.zero_grad()
+        trainer._accumulate(0, batch, (1.0, 0.1, 1.0), [batch.count(1)])
+        gradients.append([parameter.grad.clone() for parameter in trainer.drafter.parameters()])  # type: ignore[union-attr]
+    for plain, padded in zip(*gradients, strict=True):
+        assert torch.equal(plain, padded)
+
+
+def test_accumulated_batches_and_several_processes_are_one_larger_batch(target: Target, data: Path) -> None:
+    """Both average over all positions: two batches in turn, or on two processes whose gradients are averaged."""
+    answers = Answers.read(data)
+    config = small_config(data, batch=BatchConfig(tokens=192, accumulate=2, max_length=64))
+    together = Trainer(config, target, answers, ALONE)
+    together.step()
+    single = replace(config, batch=BatchConfig(tokens=192, accumulate=1, max_length=64))
+    gradients = []
+    for rank in (0, 1):
+        trainer = Trainer(single, target, answers, World(rank=rank, size=2, local_rank=rank))
+        trainer._apply = lambda rate: None  # type: ignore[method-assign]
+        trainer.step()
+        gradients.append([parameter.grad for parameter in trainer.drafter.parameters()])
+    for own, *parts in zip(together.drafter.parameters(), *gradients, strict=True):
+        mean = sum(part.clone() for part in parts if part is not None) / 2
+        clipped = mean.clamp(-0.5, 0.5)
+        assert own.grad is not None and torch.allclose(own.grad, clipped, atol=1e-6)
+
+
+def test_a_run_that_exists_or_changed_is_refused(target: Target, data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=1)
+    train(config, target, tmp_path, ALONE)
+    with pytest.raises(UsageError, match="exists already"):
+        train(config, target, tmp_path, ALONE)
+    with pytest.raises(UsageError, match="steps"):
+        train(replace(config, steps=9), target, tmp_path, ALONE, resume=True)
+
+
+def test_answers_of_another_tokenizer_are_refused(data: Path, tmp_path: Path) -> None:
+    other = tiny_target(vocab=300)
+    with pytest.raises(UsageError, match="tokenizer hash"):
+        train(small_config(data), other, tmp_path, ALONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_clock_ends_a_run_with_a_time_limit(target: Target, data: Path, tmp_path: Path) -> None:
+    config = small_config(data, steps=100_000, max_minutes=0.5 / 60)
+    outcome = train(config, target, tmp_path, ALONE)
+    assert outcome is not None and 1 <= outcome.result["steps"] < 1000
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert "tau_sim" in lines[-1] and lines[-1]["lr"] < 3e-3
+
+
+def test_the_last_layer_passes_the_feature_through_at_first(target: Target) -> None:
+    drafter = new_drafter(target, "last-layer", 0)
+    decoder = target.model.get_decoder()  # type: ignore[no-untyped-call]
+    own = drafter.layer.mlp.down_proj.weight
+    assert torch.equal(own, decoder.layers[-1].mlp.down_proj.weight)
+    features = torch.randn(1, 3, 32)
+    assert torch.allclose(drafter.fuse(torch.zeros_like(features), features), features, atol=1e-5)
+    with pytest.raises(UsageError, match="init"):
+        new_drafter(tiny_target("gemma3"), "last-layer", 0)
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[optimizer]\nleaning_rate = 1.0\n")
+    with pytest.raises(UsageError, match="leaning_rate"):
+        load_config(TrainConfig, tmp_path / "c.toml")
+    with pytest.raises(UsageError, match="align_steps is 0"):
+        load_config(TrainConfig, None, {"align_steps": 0})
+
+
+@pytest.mark.parametrize("name,steps", [("hass", 3), ("eagle2", 1)])
+def test_presets_are_valid_and_differ_in_the_steps_only(name: str, steps: int) -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    preset = load_config(TrainConfig, folder / f"{name}.toml")
+    twin = load_config(TrainConfig, folder / "hass.toml")
+    assert preset.align_steps == steps
+    assert replace(preset, align_steps=3, name="") == replace(twin, name="")
+
+
+def test_missing_plots_do_not_stop_a_run(
+    target: Target, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "plot_curves", lambda *_: False)
+    assert train(small_config(data, steps=1), target, tmp_path, ALONE) is not None
