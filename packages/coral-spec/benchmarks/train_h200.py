@@ -3,8 +3,8 @@
     python packages/coral-spec/benchmarks/train_h200.py --work WORK --prompts PROMPTS.jsonl.gz --phases data,train
 
 Every phase goes on where a killed one stopped. `data` leaves WORK/answers; `train` runs both presets side by side as
-processes of their own and leaves WORK/runs/<name>; `collect` copies what is worth keeping to --out (answers in files
-under 15 MiB, drafters in bf16, curves, metrics, figures); a short table of the runs comes last. Settings after `--`
+processes of their own and leaves WORK/runs/<name>; `collect` packs what is worth keeping into a few files in --out
+(one tar per run, the answers' shards, one tar of records); a short table of the runs comes last. Settings after `--`
 go to both trainings: `-- --set optimizer.lr=5e-4`.
 """
 
@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -108,22 +109,19 @@ def train(arguments: argparse.Namespace, extra: list[str]) -> int:
 
 
 def collect(work: Path, out: Path) -> None:
-    """Drafters, figures and metrics of every finished run; answers of the folder `answers`."""
+    """One tar per finished run (drafter, figures, curves), the shards of answers, one tar of manifest and logs."""
+    out.mkdir(parents=True, exist_ok=True)
     for run in sorted(work.glob("runs/*")):
-        kept = {"drafter/drafter.safetensors", "drafter/frequency.safetensors", "drafter/config.json"}
-        kept |= {"drafter/README.md", "curves.png", "metrics.jsonl", "result.json", "config.toml", "env.json"}
-        for name in sorted(kept):
-            if (run / name).is_file():
-                place = out / run.name / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(run / name, place)
-    for path in sorted(work.glob("answers/*")):
-        if path.is_file():
-            (out / "answers").mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, out / "answers" / path.name)
-    for log in work.glob("*.log"):
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(log, out / log.name)
+        if (run / "result.json").exists():
+            with tarfile.open(out / f"{run.name}.tar", "w") as tar:
+                tar.add(run, run.name, filter=lambda entry: None if "checkpoints" in entry.name else entry)
+    for shard in sorted(work.glob("answers/*.safetensors")):
+        shutil.copyfile(shard, out / shard.name)
+    with tarfile.open(out / "records.tar", "w") as tar:
+        for path in [*sorted(work.glob("answers/*.json*")), *sorted(work.glob("*.log"))]:
+            tar.add(path, str(path.relative_to(work)))
+    for path in sorted(out.iterdir()):
+        print(f"{path.name:32} {path.stat().st_size / 2**20:6.2f} MiB")
 
 
 def print_table(work: Path) -> None:
