@@ -8,7 +8,7 @@ drafter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,12 +147,13 @@ class EngineMethod:
     name: str
     model: Model
 
-    def answer(self, prompt: list[int], request: Request) -> Answer:
-        """See `Method`."""
+    def answer(self, prompt: list[int], request: Request, on_text: Callable[[str], None] | None = None) -> Answer:
+        """See `Method`; `on_text` is given every piece of the text as soon as it is certain."""
         synchronize(self.model.target.device)
         start = time.perf_counter()
         done = self.model.generate(
             prompt,
+            on_text=on_text,
             max_new_tokens=request.max_new_tokens,
             temperature=request.temperature,
             seed=request.seed,

@@ -129,10 +129,11 @@ class Bench:
         for _ in range(self.settings.repeats):
             for method in order:
                 answers[method.name].append(method.answer(ids, self.settings.request))
-        return [_record(task, prompt.id, method.name, len(ids), answers[method.name]) for method in order]
+        return [make_record(task, prompt.id, method.name, len(ids), answers[method.name]) for method in order]
 
 
-def _record(task: str, prompt: str, method: str, prompt_tokens: int, answers: list[Answer]) -> Record:
+def make_record(task: str, prompt: str, method: str, prompt_tokens: int, answers: list[Answer]) -> Record:
+    """The record of one or more answers of a method to a prompt: all times, the rest from the median one."""
     middle = sorted(answers, key=lambda answer: answer.seconds)[(len(answers) - 1) // 2]
     return Record(
         task=task,

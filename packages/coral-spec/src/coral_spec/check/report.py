@@ -57,6 +57,7 @@ def check(
     prompts: Sequence[Sequence[int]],
     *,
     tree: TreeShape | None = None,
+    head: str | int = "auto",
     max_new_tokens: int = 64,
     draws: int = 2000,
     temperature: float = 1.0,
@@ -69,12 +70,12 @@ def check(
     Args:
         model: as loaded; an fp32 copy of the target joins it in memory where it is not fp32 itself.
         prompts: token ids, for the greedy part; the first one is the cached prefix of the sampled part.
-        tree: shape that `model` was loaded with, None for the default.
+        tree, head: what `model` was loaded with.
         max_new_tokens: of the greedy answers.
         draws, temperature, top_k, seed: of the sampled part.
         on_progress: called with (part, newly done, total).
     """
-    exact = in_fp32(model, tree)
+    exact = in_fp32(model, tree, head)
     reference = exact.target.model
     reports = []
     for one in [model] if exact is model else [model, exact]:
@@ -101,7 +102,7 @@ def check(
     return Report(model.target.name, Path(model.draft_name).name, reports, sampled)
 
 
-def in_fp32(model: Model, tree: TreeShape | None = None) -> Model:
+def in_fp32(model: Model, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
     """The model itself if it is fp32, else the same target upcast, with the same draft."""
     import coral_spec
 
@@ -109,7 +110,7 @@ def in_fp32(model: Model, tree: TreeShape | None = None) -> Model:
     if target.dtype == torch.float32:
         return model
     upcast = replace(target, model=cast("PreTrainedModel", reference_model(target.model)), dtype=torch.float32)
-    return coral_spec.load(upcast, draft=model.draft_name, tree=tree)
+    return coral_spec.load(upcast, draft=model.draft_name, tree=tree, head=head)
 
 
 def table(report: Report) -> Table:

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from coral_spec.commands import options
+
 
 def run(
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file of the target.")] = "smollm2-135m",
+    model: options.Model = "smollm2-135m",
     tasks: Annotated[
         str | None, typer.Option(help="Some of sample, mt_bench, humaneval, gsm8k, separated by commas.")
     ] = None,
@@ -20,20 +22,22 @@ def run(
     methods: Annotated[
         str, typer.Option(help="Some of hf, ar, prompt-lookup, ngram, coral, auto, and NAME=FOLDER of a drafter.")
     ] = "hf,ar,auto",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")] = False,
+    max_new_tokens: options.MaxNewTokens = 256,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-text token.")] = False,
     repeats: Annotated[int, typer.Option(help="Answer every prompt this often; the median time counts.")] = 1,
     workers: Annotated[
         int, typer.Option(help="Processes on one device; above 1 acceptance is measured, but no speed.")
     ] = 1,
-    tree: Annotated[str, typer.Option(help="DEPTH,WIDTH,BUDGET for drafters; by default the device's.")] = "",
-    head: Annotated[str, typer.Option(help="Drafters propose from: auto, full, frequency, or so many rows.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
+    tree: options.Tree = None,
+    head: options.Head = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     data_dir: Annotated[Path | None, typer.Option(help="Where published sets are looked for first.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures here; a killed run goes on from it.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures here; a killed run goes on from beside it.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG) here.")] = None,
 ) -> int:
     """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
@@ -46,7 +50,7 @@ def run(
         methods=parse_methods(methods),
         device=device,
         dtype=dtype,
-        tree=tree,
+        tree=tree or "",
         head=head,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -86,6 +90,10 @@ def run(
         else:
             measure(bench, questions, partial)
         judgements = judge_all(bench, questions, partial.records)
+    except KeyboardInterrupt:
+        if json is not None:
+            console().print("stopped; the same command goes on from here")
+        raise
     finally:
         partial.close()
     runs = summarise_runs(settings, questions, partial.records, judgements)

@@ -7,23 +7,26 @@ from typing import Annotated
 
 import typer
 
+from coral_spec.commands import options
+
 
 def run(
-    model: Annotated[str, typer.Option(help="Alias, hub id, folder or GGUF file of the target.")] = "smollm2-135m",
-    draft: Annotated[str, typer.Option(help="auto, ngram, or the folder of a drafter.")] = "auto",
+    model: options.Model = "smollm2-135m",
+    draft: options.Draft = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help='JSON lines with "prompt", "question" or "turns"; else our own samples.')
     ] = None,
     limit: Annotated[int, typer.Option(help="Prompts that are decoded greedily.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest greedy answer, in tokens.")] = 64,
+    max_new_tokens: options.MaxNewTokens = 64,
     draws: Annotated[int, typer.Option(help="Sampled answers, at least 2000.")] = 2000,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampled answers.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from the k most probable tokens; 0 is all.")] = 8,
+    top_k: options.TopK = 8,
     seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
-    tree: Annotated[str, typer.Option(help="DEPTH,WIDTH,BUDGET of the draft tree; by default the device's.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write all figures here.")] = None,
+    tree: options.Tree = None,
+    head: options.Head = "auto",
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    json: options.Json = None,
 ) -> int:
     """Compare greedy answers with plain decoding and sampled ones with exact probabilities; 1 when a bug is found."""
     from coral_spec.bench.tasks import load_task, read_prompts
@@ -46,14 +49,13 @@ def run(
 
     import coral_spec
     from coral_spec.check.report import check, table
-    from coral_spec.tree import TreeShape
     from expkit.checkpoint import write_json
     from expkit.cli import console, progress
     from expkit.rundir import evidence
 
     proof = evidence(seed)
-    shape = TreeShape.parse(tree) if tree else None
-    loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape)
+    shape, rows = options.parse_tree(tree), options.parse_head(head)
+    loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape, head=rows)
     with progress() as bar:
         tasks: dict[str, object] = {}
 
@@ -66,6 +68,7 @@ def run(
             loaded,
             [loaded.encode(question.text) for question in questions],
             tree=shape,
+            head=rows,
             max_new_tokens=max_new_tokens,
             draws=draws,
             temperature=temperature,
