@@ -136,5 +136,8 @@ def tiny_target(
 ) -> Target:
     """A random target of one of `ARCHITECTURES`, named `tiny-<architecture>`, built in memory."""
     config = tiny_config(architecture, vocab=vocab, width=width, layers=layers, context=context, window=window)
-    model = tiny_model(config, seed=seed, attention=attention).to(device=device, dtype=dtype)  # type: ignore[arg-type]
+    model = tiny_model(config, seed=seed, attention=attention)
+    for parameter in model.parameters():  # not `model.to(dtype)`, which rounds the rotary frequencies; loading does not
+        parameter.data = parameter.data.to(dtype)
+    model.to(device=device)  # type: ignore[arg-type]
     return make_target(f"tiny-{architecture}", model, tiny_tokenizer(vocab, chat))

@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from pathlib import Path
@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of the fixed-size value types
+# The value types of fixed size, as struct names them.
+_FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LONGEST = 1 << 28  # no name or text of a header is longer; a damaged length would ask for exabytes
+_SPLITTING = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+_SPECIAL = {
+    "tokenizer.ggml.bos_token_id": "bos_token",
+    "tokenizer.ggml.eos_token_id": "eos_token",
+    "tokenizer.ggml.unknown_token_id": "unk_token",
+    "tokenizer.ggml.padding_token_id": "pad_token",
+}
 # Raised somewhere inside the loader by files whose content is wrong.
 _DAMAGE = (ValueError, KeyError, IndexError, TypeError, OSError, OverflowError, RuntimeError, NotImplementedError)
 
@@ -45,8 +53,8 @@ def known_architectures() -> list[str]:
     return sorted(name.replace("_", "-") if name == "gpt_oss" else name for name in known)
 
 
-def read_header(path: Path, wanted: tuple[str, ...] = ("general.architecture",)) -> dict[str, str]:
-    """The text values `wanted` of a GGUF file's header; those it lacks are left out.
+def read_header(path: Path, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """The values `wanted` of a GGUF file's header, texts and numbers; those it lacks are left out.
 
     Raises:
         UsageError: no such file, or not a whole GGUF header.
@@ -65,7 +73,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises:
         UsageError: a damaged file, an architecture that the loader does not know, or one that generates no text.
     """
-    header = read_header(path, ("general.architecture", "tokenizer.ggml.pre"))
+    header = read_header(path, ("general.architecture", *_SPLITTING, *_SPECIAL))
     architecture = header.get("general.architecture", "")
     known = known_architectures()
     if architecture not in known:
@@ -80,7 +88,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
             raise UsageError(f"{path} is damaged or cannot be loaded ({first_line(error)})") from None
         if missing:
             raise UsageError(f"{path} is damaged: {len(missing)} tensors are missing, such as {sorted(missing)[0]}")
-        _restore_splitting(tokenizer, header.get("tokenizer.ggml.pre", ""))
+        settle_tokenizer(tokenizer, header)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             model.save_pretrained(temporary)
@@ -130,37 +138,69 @@ def _load(path: Path) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     return model, set(report["missing_keys"]) | set(report["mismatched_keys"]), tokenizer
 
 
-def _restore_splitting(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """SmolLM cuts digits apart before anything else. The loader drops that, so that runs of blanks before a digit
-    would be read otherwise than in training; the header names the rule, here it is applied."""
-    if name != "smollm":
-        return
-    from tokenizers import pre_tokenizers
+def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any]) -> None:
+    """Make the tokenizer what the header says, whatever release of transformers built it.
 
+    Up to 5.17 byte-level vocabularies get the special tokens and the decoder of a sentencepiece one, and in all
+    releases so far SmolLM's rule to cut digits apart before anything else is dropped, so that blanks before a digit
+    would be read otherwise than in training.
+    """
+    special = {name: header[key] for key, name in _SPECIAL.items() if key in header}
+    for name, index in special.items():
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "model_type", "legacy"):
+        tokenizer.init_kwargs.pop(name, None)  # leftovers of the loader, which would be saved
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
+    if backend is None or header.get("tokenizer.ggml.model") != "gpt2":
+        return
+    from tokenizers import decoders, normalizers, pre_tokenizers
+
+    tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
+    backend.decoder = decoders.ByteLevel()
+    if isinstance(backend.normalizer, normalizers.Sequence):  # an empty one
+        backend.normalizer = None
+    backend.model.unk_token, backend.model.byte_fallback, backend.model.fuse_unk = None, False, False
+    if header.get("tokenizer.ggml.pre") == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
-def _read_header(file: IO[bytes], wanted: tuple[str, ...]) -> dict[str, str]:
+def _read_header(file: IO[bytes], wanted: tuple[str, ...]) -> dict[str, Any]:
     magic = file.read(4)
     if magic != _MAGIC:
         raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
-    version, _, count = struct.unpack("<IQQ", file.read(20))
+    version, _, count = struct.unpack("<IQQ", _read(file, 20))
     if version not in (2, 3):
         raise ValueError(f"version {version}, expected 2 or 3")
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     for _ in range(count):
         key = _read_text(file)
-        (kind,) = struct.unpack("<I", file.read(4))
-        if key in wanted and kind == _STRING:
-            found[key] = _read_text(file)
-        else:
-            _skip_value(file, kind)
+        (kind,) = struct.unpack("<I", _read(file, 4))
+        value = _read_value(file, kind)
+        if key in wanted:
+            found[key] = value
         if len(found) == len(wanted):
             break
     return found
+
+
+def _read_value(file: IO[bytes], kind: int) -> Any:
+    """A text or a number; arrays are passed over and give None."""
+    if kind == _STRING:
+        return _read_text(file)
+    if kind in _FIXED:
+        return struct.unpack("<" + _FIXED[kind], _read(file, struct.calcsize(_FIXED[kind])))[0]
+    if kind != _ARRAY:
+        raise ValueError(f"a value of type {kind} in its header")
+    inner, count = struct.unpack("<IQ", _read(file, 12))
+    if inner in _FIXED and count <= _LONGEST:
+        _read(file, struct.calcsize(_FIXED[inner]) * count)
+    elif inner == _STRING:
+        for _ in range(count):
+            _read(file, _read_length(file))
+    else:
+        raise ValueError(f"an array of {count:,} values of type {inner} in its header")
+    return None
 
 
 def _read_text(file: IO[bytes]) -> str:
@@ -168,28 +208,10 @@ def _read_text(file: IO[bytes]) -> str:
 
 
 def _read_length(file: IO[bytes]) -> int:
-    (length,) = struct.unpack("<Q", file.read(8))
+    (length,) = struct.unpack("<Q", _read(file, 8))
     if length > _LONGEST:
         raise ValueError(f"a text of {length:,} bytes in its header")
     return int(length)
-
-
-def _skip_value(file: IO[bytes], kind: int) -> None:
-    if kind == _STRING:
-        _read(file, _read_length(file))
-    elif kind == _ARRAY:
-        (inner, count) = struct.unpack("<IQ", file.read(12))
-        if inner in _WIDTHS and count <= _LONGEST:
-            _read(file, _WIDTHS[inner] * count)
-        elif inner == _STRING:
-            for _ in range(count):
-                _read(file, _read_length(file))
-        else:
-            raise ValueError(f"an array of {count:,} values of type {inner} in its header")
-    elif kind in _WIDTHS:
-        _read(file, _WIDTHS[kind])
-    else:
-        raise ValueError(f"a value of type {kind} in its header")
 
 
 def _read(file: IO[bytes], length: int) -> bytes:

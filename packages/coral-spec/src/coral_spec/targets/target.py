@@ -100,12 +100,14 @@ def make_target(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal SHA-256 over the vocabulary in the order of ids and the ids of the special tokens.
+    """Hexadecimal SHA-256 over the vocabulary in the order of ids and the ids of bos, eos, unknown and padding.
 
-    Two tokenizers with the same hash give every id the same meaning, which is what a drafter depends on.
+    Two tokenizers with the same hash give every id the same meaning, which is what a drafter depends on. Other
+    special tokens are left out: which ones a tokenizer counts differs between releases of transformers.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    special = sorted(int(token) for token in tokenizer.all_special_ids)
+    named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id)
+    special = sorted({int(token) for token in named if token is not None})
     text = json.dumps([vocabulary, special], ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
