@@ -22,7 +22,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
 PRESETS = ("hass", "eagle2")
-COMMAND = [sys.executable, "-c", "from coral_spec.commands import {verb} as v; import typer; typer.run(v.run)"]
 
 
 def main() -> int:
@@ -65,7 +64,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def command(verb: str, *options: object) -> list[str]:
     """A verb of the command line, without the installed entry point."""
-    return [part.format(verb=verb) for part in COMMAND] + [str(option) for option in options]
+    return [sys.executable, "-m", "coral_spec", verb, *map(str, options)]
 
 
 def data_command(arguments: argparse.Namespace) -> list[str]:

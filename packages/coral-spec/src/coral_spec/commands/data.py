@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -60,12 +61,14 @@ def run(
         encoded = encode_prompts(target, rows, longest, samples_per_prompt)
         sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
         with progress() as bar:
-            rows_here = bar.add_task(f"answers (process {world.rank})", total=len(encoded.ids) // world.size or 1)
-            tokens_here = bar.add_task("answer tokens", total=None)
+            task = bar.add_task("answers", total=len(encoded.ids) // world.size or 1)
+            started, made = time.perf_counter(), 0
 
             def show(done: int, tokens: int) -> None:
-                bar.advance(rows_here, done)
-                bar.advance(tokens_here, tokens)
+                nonlocal made
+                made += tokens
+                speed = made / (time.perf_counter() - started)
+                bar.update(task, advance=done, description=f"answers ({made:,} tokens, {speed:,.0f}/s)")
 
             answer_prompts(
                 target,

@@ -118,7 +118,8 @@ class TrainConfig:
         init: "random", or "last-layer": the decoder layer starts as the target's last one (ours).
         noise: uniform noise on target features, scaled by 512 / length as in EAGLE (0.2), never above itself.
         device, dtype: "auto" or names; dtype is that of the target and of autocast, weights are fp32.
-        compile: torch.compile for the target and the loss; worth its half minute on long runs only.
+        compile: what torch.compile is used for: "none", the "loss", or "all" (target and loss). It takes a minute to
+            start, so it is for long runs.
         log_every: optimiser steps between two lines of metrics.
     """
 
@@ -133,7 +134,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    compile: bool = False
+    compile: Literal["none", "loss", "all"] = "none"
     log_every: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -119,8 +119,8 @@ def answer_batch(
     """
     generator = torch.Generator(target.device).manual_seed(seed)
     stops = target.eos_token_ids if stop_ids is None else stop_ids
-    with torch.inference_mode(), _grouped_attention(target), _fused_kernels():
-        loop = _Loop(target, prompts, sampling, generator, torch.tensor(stops, device=target.device))
+    with torch.inference_mode(), _grouped_attention(target), fused_kernels():
+        loop = _Loop(target, prompts, sampling, generator, torch.tensor(stops, dtype=torch.long, device=target.device))
         return loop.run(on_tokens)
 
 
@@ -306,7 +306,7 @@ def _grouped_attention(target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def _fused_kernels() -> Iterator[None]:
-    # cuDNN's attention builds a plan per key length, and the key length grows all the time
+def fused_kernels() -> Iterator[None]:
+    """Attention without cuDNN's, which builds a plan for every new length; ours change all the time."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         yield

@@ -22,6 +22,7 @@ from coral_spec.training.batches import Batch, BatchPlan, group_by_length, make_
 from coral_spec.training.config import TrainConfig
 from coral_spec.training.data import Answers
 from coral_spec.training.evaluate import Acceptance, simulate
+from coral_spec.training.generation import fused_kernels
 from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
 from coral_spec.training.initialise import new_drafter
 from coral_spec.training.losses import draft_loss
@@ -65,7 +66,7 @@ class Trainer:
         _require_plain_head(self.backbone, target)
         self.head: Tensor = self.backbone.output.weight.detach()
         self.decoder: Any = self.backbone.decoder
-        if config.compile:
+        if config.compile == "all":
             self.decoder = torch.compile(self.decoder, dynamic=True)
         self.drafter = new_drafter(target, config.init, config.seed)
         settings = config.optimizer
@@ -107,8 +108,9 @@ class Trainer:
             max(1, sum(batch.count(step) for batch in batches.values())) for step in range(1, config.align_steps + 1)
         ]
         self.optimizer.zero_grad(set_to_none=True)
-        for number in numbers[self.world.rank :: self.world.size]:
-            self._accumulate(number, batches[number], weights, counts)
+        with fused_kernels():
+            for number in numbers[self.world.rank :: self.world.size]:
+                self._accumulate(number, batches[number], weights, counts)
         self._apply(learning_rate(config.optimizer, progress))
         self.clock.step += 1
         self.clock.tokens += sum(int((batch.last + 2).sum()) for batch in batches.values())
@@ -142,7 +144,7 @@ class Trainer:
                 scale=self.world.size / counts[step - 1],
                 chunk=config.loss.chunk,
                 top_ids=None if known is None else known[where],
-                compiled=config.compile,
+                compiled=config.compile != "none",
             )
             if known is None and parts.top_ids is not None:
                 known = parts.top_ids.new_zeros(len(labels), parts.top_ids.shape[1])
@@ -210,7 +212,7 @@ class Trainer:
     def evaluate(self) -> Acceptance:
         """Simulated acceptance on the held-out answers."""
         settings = self.config.evaluation
-        with autocast(self.target.device, self.target.dtype):
+        with fused_kernels(), autocast(self.target.device, self.target.dtype):
             found = simulate(
                 self.drafter, self.forward, self.head, self.held_out, depth=settings.depth, chunk=self.config.loss.chunk
             )
