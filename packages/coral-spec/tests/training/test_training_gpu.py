@@ -1,0 +1,47 @@
+"""On a GPU: fused attention with our masks gives the CPU's answers and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from coral_spec.training.data import Answers
+from coral_spec.training.generation import Sampling, answer_batch
+from coral_spec.training.trainer import Trainer
+from expkit.distributed import World
+from making_answers import small_config, write_answers
+from tiny import tiny_target
+
+ALONE = World(rank=0, size=1, local_rank=0)
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19], [20], list(range(30, 130))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_answers_equal_those_of_the_cpu(architecture: str) -> None:
+    sampling = Sampling(temperature=0, max_new_tokens=40)
+    here = answer_batch(tiny_target(architecture), PROMPTS, sampling, seed=0)
+    there = answer_batch(tiny_target(architecture, device="cuda"), PROMPTS, sampling, seed=0)
+    assert here == there
+    half = tiny_target(architecture, width=64, device="cuda", dtype=torch.bfloat16)
+    drawn = answer_batch(half, PROMPTS * 8, Sampling(temperature=1.0, max_new_tokens=40), seed=0)
+    assert drawn == answer_batch(half, PROMPTS * 8, Sampling(temperature=1.0, max_new_tokens=40), seed=0)
+
+
+@pytest.mark.gpu
+def test_a_step_in_bf16_has_the_gradients_of_fp32(tmp_path: Path) -> None:
+    write_answers(tmp_path, tiny_target())
+    answers = Answers.read(tmp_path)
+    gradients = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        target = tiny_target(device=device, dtype=dtype)
+        trainer = Trainer(replace(small_config(tmp_path), noise=0.0, align_steps=3), target, answers, ALONE)
+        trainer.step()
+        assert all(value > 0 for name, value in trainer.take_metrics().items() if name.startswith("soft"))
+        gradients.append([parameter.grad.float().cpu() for parameter in trainer.drafter.parameters()])  # type: ignore[union-attr]
+        assert trainer.evaluate().tau >= 1
+    for cpu, single, half in zip(*gradients, strict=True):
+        assert torch.allclose(cpu, single, atol=1e-4, rtol=1e-2)
+        assert torch.nn.functional.cosine_similarity(cpu.flatten(), half.flatten(), dim=0) > 0.98
