@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from coral_spec.training.data import Answers
 from coral_spec.training.generation import Sampling, answer_batch
 from coral_spec.training.trainer import Trainer
