@@ -12,7 +12,7 @@ from rich.table import Table
 
 from coral_spec.check.greedy import GreedyReport, check_greedy
 from coral_spec.check.noise import reference_model
-from coral_spec.check.sampled import SampledReport, check_sampled
+from coral_spec.check.sampled import TOKENS, SampledReport, check_sampled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,7 +90,7 @@ def check(
             )
         )
     sampled = check_sampled(
-        exact,
+        exact.with_draft(exact.draft_name, tree=_shallow(exact, tree), head=head),
         reference,
         prompts[0],
         draws=draws,
@@ -111,6 +111,17 @@ def in_fp32(model: Model, tree: TreeShape | None = None, head: str | int = "auto
         return model
     upcast = replace(target, model=cast("PreTrainedModel", reference_model(target.model)), dtype=torch.float32)
     return coral_spec.load(upcast, draft=model.draft_name, tree=tree, head=head)
+
+
+def _shallow(model: Model, tree: TreeShape | None) -> TreeShape:
+    """The model's tree cut at the levels that three tokens reach: deeper ones would only be paid for."""
+    from coral_spec.model import DEFAULT_TREES, NGRAM_TREES
+
+    defaults = NGRAM_TREES if model.draft_name == "ngram" else DEFAULT_TREES
+    shape = tree or defaults.get(model.target.device.type, defaults["cuda"])
+    depth = min(shape.depth, TOKENS - 1)
+    whole = replace(shape, depth=depth, budget=1)
+    return replace(whole, budget=min(shape.budget, whole.pool))
 
 
 def table(report: Report) -> Table:

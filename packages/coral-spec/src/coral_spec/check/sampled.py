@@ -102,7 +102,7 @@ def check_sampled(
         on_draws: called with the number of new draws after every batch.
     """
     sampling = Sampling(temperature, top_k)
-    prefix = model.prefix(list(prompt))
+    prefix = model.prefix(list(prompt), capacity=2 * TOKENS)
     counts: Counter[Cell] = Counter()
     for start in range(0, draws, _ROWS):
         seeds = [seed * 1_000_003 + index for index in range(start, min(start + _ROWS, draws))]
