@@ -89,10 +89,11 @@ def test_margin_noise_compares_the_same_two_tokens_in_both_precisions() -> None:
     assert margin_noise(working, exact) == pytest.approx(0.2)
 
 
-def test_distance_is_the_largest_root_mean_square_of_any_position() -> None:
-    exact = torch.zeros(2, 4)
-    working = torch.tensor([[0.1] * 4, [0.2, -0.2, 0.2, -0.2]])
+def test_distance_is_the_largest_root_mean_square_of_any_position_but_the_prefills() -> None:
+    exact = torch.zeros(3, 4)
+    working = torch.tensor([[9.0] * 4, [0.1] * 4, [0.2, -0.2, 0.2, -0.2]])
     assert logit_distance(working, exact) == pytest.approx(0.2)
+    assert logit_distance(working[:1], exact[:1]) == 0.0
 
 
 def test_the_reference_of_an_fp32_model_is_itself_and_of_another_an_upcast_copy() -> None:

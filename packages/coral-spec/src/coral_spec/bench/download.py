@@ -28,7 +28,7 @@ def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str)
     Raises:
         UsageError: no network, the server refuses, or `verify` does; says where a copy can be put by hand.
     """
-    console().print(f"fetching {what} from {url}", highlight=False)
+    console().print(f"fetching {what} from {url}", highlight=False, soft_wrap=True)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, atomic_path(path) as aside:
             _copy(answer, aside, int(answer.headers.get("Content-Length") or 0))
