@@ -110,7 +110,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
     out = Table(title="greedy" if not runs[0]["temperature"] else f"temperature {runs[0]['temperature']}")
     out.add_column("task", no_wrap=True)
     out.add_column("method", no_wrap=True)
-    for column in ("tokens/s", "x ar", "x hf", "tau", "(prompts)"):
+    for column in ("tokens/s", "x ar", "x hf", "tau (prompts)"):
         out.add_column(column, justify="right")
     out.add_column("identical")
     for index, run in enumerate(runs):
@@ -121,8 +121,7 @@ def table(runs: Sequence[Mapping[str, Any]]) -> Table:
             _number(run["tokens_per_second"], 1),
             _number(run["speedup"]["ar"], 2),
             _number(run["speedup"]["hf"], 2),
-            _number(run["tau"], 2),
-            _number(run["tau_prompts"], 2),
+            "-" if run["tau"] is None else f"{run['tau']:.2f} ({run['tau_prompts']:.2f})",
             _identical(run),
             end_section=last,
         )

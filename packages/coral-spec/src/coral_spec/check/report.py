@@ -131,20 +131,20 @@ def table(report: Report) -> Table:
         title=f"{report.model} with draft {report.draft}",
         caption=f"{verdict}: decoding with this draft is {'' if report.passed else 'NOT '}lossless here",
     )
-    for column in ("test", "against", "what was found", "outcome"):
+    for column in ("test", "what was found", "outcome"):
         out.add_column(column, overflow="fold")
     for greedy in report.greedy:
         words = {"exact": "[green]exact[/]", "ties": "[green]ties only[/]", "bug": "[bold red]bug[/]"}
         found = "\n".join(_found(greedy))
-        out.add_row(f"greedy, {greedy.dtype}", "plain decoding", found, words[greedy.identical])
+        out.add_row(f"greedy, {greedy.dtype},\nagainst plain", found, words[greedy.identical])
     for level in report.sampled.levels:
         outcome = "[green]pass[/]" if level.passed else "[bold red]fail[/]"
-        found = f"{report.sampled.draws} draws, {level.cells} cells, p = {level.p_value:.3g}"
+        found = f"{report.sampled.draws} draws against exact chances: {level.cells} cells, p = {level.p_value:.3g}"
         if level.degrees == 0:
             found += "\nthe target leaves no choice here: nothing tested (raise the temperature)"
         if level.impossible:
             found += f"\n{level.impossible} draws that the target never makes"
-        out.add_row(f"sampled, token {level.token}", "exact probabilities", found, outcome)
+        out.add_row(f"sampled, token {level.token}", found, outcome)
     return out
 
 
