@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from drafting import OracleDraft, drafting_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, tiny_target
 
 from coral_spec.model import load
 from coral_spec.tree import TreeShape
-
-PROMPT = [5, 9, 40, 7, 5, 9, 40, 8, 100, 3]
+from drafting import PROMPT, OracleDraft, clear_target, drafting_model
+from tiny import ARCHITECTURES, tiny_target
 
 
 def reference(target, ids, count):
@@ -24,7 +22,7 @@ def reference(target, ids, count):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_plain_decoding_equals_transformers_beyond_the_window(architecture):
-    target = tiny_target(architecture)
+    target = clear_target(architecture)
     ours = load(target, draft="none").generate(PROMPT, max_new_tokens=48, ignore_eos=True)
     assert ours.token_ids == reference(target, PROMPT, 48)
 
@@ -32,7 +30,7 @@ def test_plain_decoding_equals_transformers_beyond_the_window(architecture):
 @pytest.mark.parametrize("draft", ["ngram", "drafter"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_tree_equals_plain_decoding_beyond_the_window(architecture, draft, tmp_path):
-    target = tiny_target(architecture)
+    target = clear_target(architecture)
     plain = load(target, draft="none")
     model = (
         load(target, draft="ngram", tree=TreeShape(4, 3, 12)) if draft == "ngram" else drafting_model(target, tmp_path)
@@ -45,7 +43,7 @@ def test_greedy_tree_equals_plain_decoding_beyond_the_window(architecture, draft
 
 @pytest.mark.parametrize("shape", [TreeShape(1, 1, 1), TreeShape(5, 1, 5), TreeShape(1, 4, 4), TreeShape(3, 4, 24)])
 def test_every_tree_shape_is_lossless(shape, tmp_path):
-    target = tiny_target("llama")
+    target = clear_target("llama")
     wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=40, ignore_eos=True)
     found = drafting_model(target, tmp_path, shape).generate(PROMPT, max_new_tokens=40, ignore_eos=True)
     assert found.token_ids == wanted.token_ids
@@ -64,7 +62,7 @@ def test_same_seed_gives_plain_decodings_sample(options, tmp_path):
 
 
 def test_a_few_head_rows_cost_acceptance_only(tmp_path):
-    target = tiny_target("llama")
+    target = clear_target("llama")
     wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=40, ignore_eos=True)
     found = drafting_model(target, tmp_path, head=64).generate(PROMPT, max_new_tokens=40, ignore_eos=True)
     assert found.token_ids == wanted.token_ids
@@ -73,7 +71,7 @@ def test_a_few_head_rows_cost_acceptance_only(tmp_path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_accepted_branches_are_committed_in_order(architecture):
     """A draft that knows the answer, hides it among wrong siblings and sometimes errs, is followed exactly."""
-    target = tiny_target(architecture)
+    target = clear_target(architecture)
     plain = load(target, draft="none")
     wanted = plain.generate(PROMPT, max_new_tokens=60, ignore_eos=True, record_logits=True)
     model = load(target, draft="none")
@@ -96,7 +94,7 @@ def test_any_prompt_and_seed_is_lossless(ids, seed, tmp_path_factory):
 
 
 def test_recorded_logits_are_those_of_plain_decoding(tmp_path):
-    target = tiny_target("gemma3")
+    target = clear_target("gemma3")
     options = {"max_new_tokens": 30, "ignore_eos": True, "record_logits": True}
     wanted = load(target, draft="none").generate(PROMPT, **options).logits
     found = drafting_model(target, tmp_path).generate(PROMPT, **options).logits
@@ -107,7 +105,7 @@ def test_recorded_logits_are_those_of_plain_decoding(tmp_path):
 def test_the_tree_fits_a_long_prompt_prefilled_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr("coral_spec.engine.PREFILL_CHUNK", 7)
     monkeypatch.setattr("coral_spec.drafts.PREFILL_CHUNK", 5)
-    target = tiny_target("gemma3")
+    target = clear_target("gemma3")
     ids = [3 + (7 * i) % 150 for i in range(60)]
     found = drafting_model(target, tmp_path).generate(ids, max_new_tokens=20, ignore_eos=True)
     assert found.token_ids == reference(target, ids, 20)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NoReturn
 
 import typer
+
 from expkit import cli as manner
 
 VERBS = ("generate", "chat", "bench", "check", "data", "train", "models", "demo")

@@ -35,7 +35,8 @@ def run(
     conversation = loaded.chat(system)
     while text := _ask():
         with options.interruptible() as pressed:
-            turn = conversation.stream(text, should_stop=pressed, **limits)
+            limits["should_stop"] = pressed
+            turn = conversation.stream(text, **limits)
             for piece in turn:
                 sys.stdout.write(piece)
                 sys.stdout.flush()

@@ -51,13 +51,14 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape, head=options.parse_head(head))
     with options.interruptible() as pressed:
-        answer = loaded.generate(text, chat=chat, on_text=_show, should_stop=pressed, **limits)
+        limits["should_stop"] = pressed
+        answer = loaded.generate(text, chat=chat, on_text=_show, **limits)
         typer.echo()
         line = options.summary(answer)
         record = {**evidence(seed), "text": answer.text, "finish_reason": answer.finish_reason}
         record["statistics"] = answer.statistics.to_dict()
         if compare and answer.finish_reason != "interrupted":
-            plain = loaded.with_draft("none").generate(text, chat=chat, should_stop=pressed, **limits)
+            plain = loaded.with_draft("none").generate(text, chat=chat, **limits)
             speedup = answer.statistics.tokens_per_second / plain.statistics.tokens_per_second
             same = answer.token_ids == plain.token_ids
             line += (
