@@ -13,6 +13,7 @@ from torch import Tensor
 
 from coral_spec.cache import StaticCache
 from coral_spec.masks import additive, chain_ancestors, visibility, within_window
+from coral_spec.packing import packed
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Backbone:
     def __init__(self, target: Target) -> None:
         self.target = target
         self.config: Any = target.model.config.get_text_config()
-        model: Any = target.model
+        model: Any = packed(target.model)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         if decoder is None or head is None:
             raise UsageError(f"{target.name} ({self.config.model_type}) has no separate decoder and head to draft for")

@@ -12,6 +12,7 @@ from coral_spec.cache import SlotStore
 from coral_spec.drafter import Drafter
 from coral_spec.heads import ProposalHead
 from coral_spec.masks import additive, chain_ancestors, visibility
+from coral_spec.packing import packed
 from coral_spec.statistics import Stopwatch
 from coral_spec.tree import Pool, Tree, TreeShape
 
@@ -171,7 +172,7 @@ class DrafterDraft:
     """
 
     def __init__(self, backbone: Backbone, drafter: Drafter, head: ProposalHead, shape: TreeShape) -> None:
-        self.drafter, self.head, self.shape = drafter, head, shape
+        self.drafter, self.head, self.shape = packed(drafter), head, shape
         self.depth = shape.depth
         self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
         self._backbone = backbone

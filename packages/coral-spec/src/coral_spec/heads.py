@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from coral_spec.backbone import Backbone
+from coral_spec.packing import packed
 
 
 class ProposalHead(Protocol):
@@ -56,13 +56,16 @@ class FrequencyHead:
         output = backbone.output
         self._backbone = backbone
         self._ids = ranking[:rows].to(output.weight.device, torch.long)
-        self._weight = output.weight[self._ids].contiguous()
         bias = getattr(output, "bias", None)
-        self._bias = None if bias is None else bias[self._ids].contiguous()
+        slab = nn.Linear(output.weight.shape[1], self._ids.numel(), bias=bias is not None, device="meta")
+        slab.weight = nn.Parameter(output.weight[self._ids].contiguous(), requires_grad=False)
+        if bias is not None:
+            slab.bias = nn.Parameter(bias[self._ids].contiguous(), requires_grad=False)
+        self._slab = packed(slab)
         self.rows = int(self._ids.numel())
 
     def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See :class:`ProposalHead`."""
-        logits = self._backbone.finish_logits(functional.linear(features, self._weight, self._bias))
+        logits = self._backbone.finish_logits(self._slab(features))
         log_probs, index = _top_log_probs(logits, count)
         return log_probs, self._ids[index]

@@ -1,0 +1,73 @@
+"""Linear layers in oneDNN's own layout, for fp32 on a CPU.
+
+torch's stock fp32 product repacks the weights whenever more than one row is multiplied, so verifying three tokens
+costs nearly twice as much as decoding one. Packed once, several rows cost little more than one (RESULTS.md has the
+table). It is the layout that torch's compiler uses; model classes stay as they are, a copy of the module tree shares
+all parameters, and the model that the user sees is untouched. The packed weights take their size once more.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MEMORY_SHARE = 0.25  # of the memory that is free: larger models stay as they are
+
+
+class PackedLinear(nn.Module):
+    """Stands in for `nn.Linear`: same parameters, same result up to the order of sums."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def packed(module: nn.Module) -> Any:
+    """A copy of ``module`` with packed linear layers where that pays and fits, else ``module`` itself.
+
+    The copy shares parameters and buffers with the original, which stays as it is.
+    """
+    linears = [each for each in module.modules() if type(each) is nn.Linear]
+    size = sum(each.weight.nbytes for each in linears)
+    if not linears or not all(_packable(each) for each in linears) or size > MEMORY_SHARE * _free_memory():
+        return module
+    if type(module) is nn.Linear:
+        return PackedLinear(module)
+    shared = {id(tensor): tensor for tensor in itertools.chain(module.parameters(), module.buffers())}
+    twin = copy.deepcopy(module, shared)
+    for parent in list(twin.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, PackedLinear(child))
+    return twin
+
+
+def _packable(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    operations = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and not weight.requires_grad
+        and bool(torch._C._has_mkldnn)
+        and operations
+    )
+
+
+def _free_memory() -> float:
+    """Bytes that can be had without swapping; without limit where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
