@@ -49,7 +49,7 @@ def test_rows_of_a_prefix_are_the_answers_to_their_seeds(draft, tmp_path):
     model = load(target, draft="none") if draft == "none" else drafting_model(target, tmp_path)
     ids = [5, 9, 40, 7, 5, 9, 40, 8] * 4
     prefix = model.prefix(ids)
-    for seeds in ([1, 2, 3, 4], [4, 9]):  # a prefix is used again and again
+    for seeds in ([4, 9], [1, 2, 3, 4], [7]):  # a prefix is used again and again
         rows = prefix.generate(seeds, max_new_tokens=12, sampling=Sampling(temperature=1.1))
         for seed, row in zip(seeds, rows, strict=True):
             alone = model.generate(ids, max_new_tokens=12, temperature=1.1, seed=seed, ignore_eos=True)
@@ -63,3 +63,27 @@ def test_a_prefix_grows_when_asked_for_more():
     alone = model.generate([3, 4, 5, 3, 4, 5], max_new_tokens=30, temperature=0.5, seed=1, ignore_eos=True)
     assert rows[1] == alone.token_ids
     assert torch.equal(prefix.logits, model.prefix([3, 4, 5, 3, 4, 5]).logits)
+
+
+def test_a_turn_that_broke_off_in_the_prefill_leaves_nothing_stale(tmp_path, monkeypatch):
+    model = drafting_model(tiny_target("llama", context=2048), tmp_path)
+    conversation = model.chat()
+    conversation.send("tell me a tale", max_new_tokens=8)
+    forward = model._backbone.forward
+
+    def broken(*arguments, **named):
+        monkeypatch.setattr(model._backbone, "forward", forward)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model._backbone, "forward", broken)
+    with pytest.raises(KeyboardInterrupt):
+        conversation.send("a long story about something else", max_new_tokens=8)
+    messages = [*conversation.messages, {"role": "user", "content": "a long story about something else"}]
+    again = conversation.send("a long story about something else", max_new_tokens=20)
+    assert again.token_ids == model.generate(messages, max_new_tokens=20).token_ids
+
+
+def test_a_prefix_beyond_the_context_is_refused():
+    prefix = load(tiny_target("llama", context=16), draft="none").prefix([3, 4, 5, 6])
+    with pytest.raises(UsageError, match="context of 16"):
+        prefix.generate([0], max_new_tokens=13, sampling=Sampling(temperature=1.0))

@@ -171,3 +171,28 @@ def test_cuda_gives_plain_decodings_text(tmp_path):
     assert drafting_model(target, tmp_path).generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids == (
         wanted.token_ids
     )
+
+
+def test_an_answer_is_iterated_once(plain):
+    stream = plain.stream(PROMPT, max_new_tokens=20, ignore_eos=True)
+    first = next(iter(stream))
+    assert first + "".join(stream) == stream.result().text
+    assert len(stream.result().token_ids) == 20
+
+
+def test_an_answer_that_has_not_begun_has_no_result(plain):
+    with pytest.raises(UsageError, match="not begun"):
+        plain.stream(PROMPT).result()
+
+
+def test_longrope_ends_where_its_frequencies_change():
+    target = tiny_target("llama")
+    target.model.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    assert load(target, draft="none").context_length == 64
+
+
+@pytest.mark.parametrize("options", [{"head": "banana"}, {"head": 8}])
+def test_a_head_that_is_none_is_refused(options, plain, tmp_path):
+    folder = save_drafter(plain.target, tmp_path)
+    with pytest.raises(UsageError, match="head is"):
+        load(plain.target, draft=str(folder), **options)

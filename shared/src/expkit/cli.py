@@ -7,6 +7,7 @@ Nothing heavy is imported here, so `--help` is quick; commands import what they 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
@@ -67,9 +68,14 @@ def main(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
         code = result if isinstance(result, int) and not isinstance(result, bool) else 0
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:
+        code = 0
     except Exception as error:
         code = _report(error, debug)
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone (`| head`): nothing is left to be said
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 

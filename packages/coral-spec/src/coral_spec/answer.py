@@ -49,7 +49,7 @@ class Limits(TypedDict, total=False):
     top_k: int
     top_p: float
     seed: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     ignore_eos: bool
     should_stop: Callable[[], bool] | None
     record_logits: bool
@@ -74,7 +74,7 @@ class Request:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = ()
     ignore_eos: bool = False
     should_stop: Callable[[], bool] | None = None
     record_logits: bool = False
@@ -82,8 +82,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, needed at least 1")
-        if not -(2**63) <= self.seed < 2**63:
-            raise UsageError(f"seed is {self.seed}, needed a 64-bit integer")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"seed is {self.seed}, needed 0 or more, and less than 2**63")
         _ = self.sampling  # its own checks
 
     @property
@@ -111,17 +111,18 @@ class Answer:
         tokenizer = model.target.tokenizer
         self._stream = TextStream(
             lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)),
-            (request.stop,) if isinstance(request.stop, str) else request.stop,
+            (request.stop,) if isinstance(request.stop, str) else request.stop or (),
         )
         self._eos = frozenset() if request.ignore_eos else frozenset(model.target.eos_token_ids)
         self._tokens: list[int] = []
         self._accepted: list[int] = []
         self._logits: list[Tensor] = []
         self._reason: str | None = None
+        self._pieces = self._run()
         self._seconds = self._prefill_seconds = 0.0
 
     def __iter__(self) -> Iterator[str]:
-        return (piece for piece in self._run() if piece)
+        return (piece for piece in self._pieces if piece)
 
     @torch.inference_mode()
     def _run(self) -> Iterator[str]:
@@ -171,7 +172,8 @@ class Answer:
     def result(self) -> Generation:
         """The answer so far; complete once the iteration is."""
         session = self._session
-        assert session is not None
+        if session is None:
+            raise UsageError("the answer has not begun: iterate it before asking for its result")
         statistics = Statistics(
             prompt_tokens=len(self._ids),
             new_tokens=len(self._tokens),

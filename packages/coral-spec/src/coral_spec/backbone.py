@@ -29,6 +29,7 @@ class Backbone:
 
     Attributes:
         target: the loaded model.
+        context_length: tokens that prompt and answer may have together.
         hidden_size: width of the features.
         vocab_size: rows of the head.
     """
@@ -43,6 +44,7 @@ class Backbone:
         self.decoder, self.output = decoder, head
         self.embedding = model.get_input_embeddings()
         self.hidden_size, self.vocab_size = int(head.weight.shape[1]), int(head.weight.shape[0])
+        self.context_length = int(min(target.context_length, _steady_context(self.config)))
         self._windows = _windows(self.config)
         if self.config.model_type not in HELD:
             self._probe()
@@ -56,17 +58,8 @@ class Backbone:
         return self.finish_logits(self.output(hidden))
 
     def finish_logits(self, logits: Tensor) -> Tensor:
-        """What some architectures do after the head; elementwise, so it holds for a subset of rows too."""
-        scale = getattr(self.config, "logit_scale", None)  # Cohere
-        if scale is not None:
-            logits = logits * scale
-        divisor = getattr(self.config, "logits_scaling", None)  # Granite
-        if divisor is not None:
-            logits = logits / divisor
-        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        """See :func:`finish_logits`."""
+        return finish_logits(self.config, logits)
 
     def forward(
         self,
@@ -93,7 +86,7 @@ class Backbone:
         keys = min(cache.capacity, -(-(filled + nodes) // 64) * 64)
         cache.aim(lengths[:, None] + torch.arange(nodes, device=tokens.device), keys)
         visible = visibility(ancestors, lengths, keys)
-        positions = positions.clamp(max=self.target.context_length - 1)
+        positions = positions.clamp(max=self.context_length - 1)
         output = self.decoder(
             input_ids=tokens,
             position_ids=positions,
@@ -142,6 +135,35 @@ class Backbone:
         positions = lengths[:, None] + torch.arange(length, device=tokens.device)
         ancestors = chain_ancestors(1, length, tokens.device)
         return self.forward(tokens, positions, ancestors, lengths, cache, start)
+
+
+def finish_logits(config: Any, logits: Tensor) -> Tensor:
+    """What some architectures do after the head; elementwise, so it holds for a subset of rows too."""
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    if scale is not None:
+        logits = logits * scale
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    if divisor is not None:
+        logits = logits / divisor
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _steady_context(config: Any) -> float:
+    """Tokens over which the rotary frequencies are the same for every forward.
+
+    With `longrope` transformers switches to other frequencies when a forward passes the original length, so what was
+    cached before would not be what a forward of the whole text computes.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    for part in parts:
+        if (part.get("rope_type") or part.get("type")) == "longrope":
+            original = part.get("original_max_position_embeddings")
+            return float(original or getattr(config, "original_max_position_embeddings", None) or float("inf"))
+    return float("inf")
 
 
 def _windows(config: Any) -> int | dict[str, int | None] | None:

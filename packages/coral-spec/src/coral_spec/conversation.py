@@ -10,6 +10,7 @@ import torch
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.engine import Session
 from coral_spec.sampling import Sampling
+from expkit.errors import UsageError
 
 if TYPE_CHECKING:
     from coral_spec.model import Model
@@ -33,7 +34,7 @@ class Conversation:
         ids = self.model.encode(messages)
         request = Request(**limits)
         if self._session is None:
-            self._session = self.model.session(len(ids) + request.max_new_tokens)
+            self._session = self.model.session(min(len(ids) + request.max_new_tokens, self.model.context_length))
         return Turn(self, messages, Answer(self.model, ids, request, self._session, self._shared(ids)))
 
     def send(self, text: str, **limits: Unpack[Limits]) -> Generation:
@@ -81,6 +82,7 @@ class Prefix:
     """
 
     def __init__(self, model: Model, ids: list[int], capacity: int) -> None:
+        self._model = model
         self._session = model.session(len(ids) + capacity)
         self._length = len(ids)
         with torch.inference_mode():
@@ -92,7 +94,15 @@ class Prefix:
 
         Returns:
             ``max_new_tokens`` ids for each seed; the end-of-text token does not end a row.
+
+        Raises:
+            UsageError: prompt and new tokens exceed the context.
         """
+        if self._length + max_new_tokens > self._model.context_length:
+            raise UsageError(
+                f"{self._length} prompt tokens and {max_new_tokens} new ones exceed the context of "
+                f"{self._model.context_length}"
+            )
         session = self._session
         session.rewind(self._length)
         session.repeat(len(seeds))

@@ -132,7 +132,12 @@ class DrafterConfig:
 def load_ranking(folder: Path) -> Tensor | None:
     """Token ids, most frequent in the drafter's training answers first ``(rows,)``; None when none was saved."""
     path = folder / "frequency.safetensors"
-    return load_tensors(path)["ranking"].long() if path.is_file() else None
+    if not path.is_file():
+        return None
+    ranking = load_tensors(path).get("ranking")
+    if ranking is None or ranking.dim() != 1 or ranking.numel() == 0 or int(ranking.min()) < 0:
+        raise UsageError(f"{path} holds no ranking of token ids")
+    return ranking.long()
 
 
 def _rope_theta(config: Any) -> float:

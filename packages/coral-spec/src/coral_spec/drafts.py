@@ -12,7 +12,6 @@ from coral_spec.cache import SlotStore
 from coral_spec.drafter import Drafter
 from coral_spec.heads import ProposalHead
 from coral_spec.masks import additive, chain_ancestors, visibility
-from coral_spec.packing import packed
 from coral_spec.statistics import Stopwatch
 from coral_spec.tree import Pool, Tree, TreeShape
 
@@ -81,12 +80,12 @@ class NgramDraft:
     common beginnings are merged. A match that reaches into the newest tokens is continued periodically.
 
     Args:
-        shape: ``width`` chains of ``depth`` tokens; the budget is not used.
+        depth, width: ``width`` chains of ``depth`` tokens.
         longest, shortest: n of the longest and shortest match.
     """
 
-    def __init__(self, shape: TreeShape, longest: int = 4, shortest: int = 2) -> None:
-        self.depth, self.width = shape.depth, shape.width
+    def __init__(self, depth: int, width: int, longest: int = 4, shortest: int = 2) -> None:
+        self.depth, self.width = depth, width
         self.longest, self.shortest = longest, shortest
         self.slack = self.depth * self.width + 1
 
@@ -172,7 +171,7 @@ class DrafterDraft:
     """
 
     def __init__(self, backbone: Backbone, drafter: Drafter, head: ProposalHead, shape: TreeShape) -> None:
-        self.drafter, self.head, self.shape = packed(drafter), head, shape
+        self.drafter, self.head, self.shape = drafter, head, shape
         self.depth = shape.depth
         self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
         self._backbone = backbone
@@ -243,6 +242,6 @@ class DrafterDraft:
         return pool.rerank(root, shape.budget, shape.depth)
 
     def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-        best = self.head.top(features, min(self.shape.width, self.head.rows))
+        best = self.head.top(features, self.shape.width)
         watch.lap("head")
         return best

@@ -73,6 +73,7 @@ class Session:
         """``batch`` rows equal to the first one."""
         self.cache.resize(1, self.capacity, self._filled)
         self.cache.resize(batch, self.capacity, self._filled)
+        self.draft.resize(1, self.capacity, self._filled)
         self.draft.resize(batch, self.capacity, self._filled)
         self.lengths = self.lengths[:1].repeat(batch)
         self.history = self.history[:1].repeat(batch, 1)
@@ -84,6 +85,7 @@ class Session:
             the logits ``(1, vocab)`` after the prompt, and the features ``(1, n, hidden)`` from ``keep`` on.
         """
         self.watch.lap("rest")
+        self.rewind(keep)  # first of all: a prefill that is broken off must not leave stale entries behind
         tokens = torch.tensor([ids], device=self.device)
         self.history[:, : len(ids)] = tokens
         parts = []

@@ -13,6 +13,7 @@ from coral_spec.drafter import Drafter, DrafterConfig, load_ranking
 from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
 from coral_spec.engine import Session
 from coral_spec.heads import FrequencyHead, FullHead, ProposalHead
+from coral_spec.packing import packed
 from coral_spec.tree import TreeShape
 from expkit.errors import UsageError
 
@@ -25,7 +26,7 @@ Prompt = str | Messages | list[int]
 BUNDLED = Path(__file__).parent / "drafters"
 
 # Chosen by measurement (RESULTS.md): a CPU pays for every verified token, a GPU hardly does.
-DEFAULT_TREES = {"cpu": TreeShape(4, 4, 12), "cuda": TreeShape(6, 10, 60)}
+DEFAULT_TREES = {"cpu": TreeShape(3, 4, 12), "cuda": TreeShape(6, 10, 60)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = 8192
 
@@ -39,6 +40,7 @@ def load(
     tree: TreeShape | None = None,
     head: str | int = "auto",
     max_length: int | None = None,
+    attention: str = "sdpa",
 ) -> Model:
     """Load a target and a draft for it.
 
@@ -51,6 +53,9 @@ def load(
         tree: shape of the draft tree; by default what measured best on the kind of device.
         head: rows of the head that the drafter proposes from: ``auto``, ``full``, ``frequency`` or a number.
         max_length: lowers the context length, in tokens.
+        attention: transformers' implementation, ``sdpa`` or ``eager``.
+
+    ``device``, ``dtype`` and ``attention`` are those of a loaded target, if one is given.
 
     Raises:
         UsageError: anything given does not exist, is damaged or does not fit together.
@@ -58,7 +63,7 @@ def load(
     if isinstance(target, str):
         from coral_spec.targets import load_target
 
-        target = load_target(target, device=device, dtype=dtype)
+        target = load_target(target, device=device, dtype=dtype, attention=attention)
     return Model(Backbone(target), draft=draft, tree=tree, head=head, max_length=max_length)
 
 
@@ -78,7 +83,11 @@ class Model:
             raise UsageError(f"max_length is {max_length}, needed at least 2")
         self._backbone = backbone
         self.target = backbone.target
-        context = self.target.context_length
+        context = backbone.context_length
+        if self.target.device.type not in ("cpu", "cuda"):
+            raise UsageError(f"device is {self.target.device}, needed cpu or cuda")
+        if isinstance(head, str) and head not in ("auto", "full", "frequency"):
+            raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows")
         self.context_length = min(context, max_length or context)
         folder = bundled_drafter(self.target) if draft == "auto" else None
         self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
@@ -90,13 +99,16 @@ class Model:
             return NoDraft
         if name == "ngram":
             shape = tree or NGRAM_TREES.get(kind, NGRAM_TREES["cuda"])
-            return lambda: NgramDraft(shape)
+            chains = max(1, min(shape.width, shape.budget // shape.depth))
+            return lambda: NgramDraft(shape.depth, chains)
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
-        drafter = Drafter.load(folder, self.target)
+        drafter = packed(Drafter.load(folder, self.target))
         shape = tree or DEFAULT_TREES.get(kind, DEFAULT_TREES["cuda"])
         proposals = self._proposal_head(folder, head)
+        if shape.width > proposals.rows:
+            raise UsageError(f"tree width is {shape.width}, but the head has only {proposals.rows} rows")
         return lambda: DrafterDraft(self._backbone, drafter, proposals, shape)
 
     def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
@@ -107,8 +119,8 @@ class Model:
             return FullHead(self._backbone)
         if ranking is None:
             raise UsageError(f"head is {head!r}, but drafter {folder} has no frequency.safetensors; needed 'full'")
-        rows = FREQUENT_ROWS if head == "frequency" else head
-        if not isinstance(rows, int) or rows < 64:
+        rows = FREQUENT_ROWS if head == "frequency" else int(head)
+        if rows < 64:
             raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows from 64 on")
         return FrequencyHead(self._backbone, ranking, rows)
 

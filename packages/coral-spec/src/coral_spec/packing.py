@@ -66,8 +66,11 @@ def _packable(linear: nn.Linear) -> bool:
 
 def _free_memory() -> float:
     """Bytes that can be had without swapping; without limit where the system does not say."""
+    found = [float("inf")]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        found.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))  # a container's limit, or "max"
+    except (OSError, ValueError):
+        pass
+    return min(found)

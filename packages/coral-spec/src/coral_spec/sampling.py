@@ -50,7 +50,8 @@ class Sampling:
 
     def warp(self, logits: Tensor) -> Tensor:
         """fp32 logits ``(..., vocab)`` after temperature, top-k and top-p; dropped tokens are -inf."""
-        warped = logits.float() / (self.temperature or 1.0)
+        # The largest logit becomes 0, so that no temperature, however low, overflows.
+        warped = (logits.float() - logits.max(dim=-1, keepdim=True).values.float()) / (self.temperature or 1.0)
         if 0 < self.top_k < warped.shape[-1]:
             threshold = warped.topk(self.top_k, dim=-1).values[..., -1:]
             warped = warped.masked_fill(warped < threshold, float("-inf"))

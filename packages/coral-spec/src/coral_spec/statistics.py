@@ -89,7 +89,7 @@ class Stopwatch:
         """End a span."""
         if self.device.type == "cuda":
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
             self._events.append((part, event))
         else:
             self._events.append((part, time.perf_counter()))

@@ -7,10 +7,10 @@ at least this gap" matters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from coral_spec.bench.methods import Answer, Method
 from coral_spec.bench.records import Record
@@ -25,7 +25,6 @@ from coral_spec.check.noise import (
     logit_distance,
     margin_noise,
     reference_logits,
-    reference_model,
 )
 
 BASELINE = "ar"
@@ -33,35 +32,30 @@ BASELINE = "ar"
 
 @dataclass
 class Identity:
-    """Judges records against the baseline's. The fp32 copy of the target is made when the first mismatch needs it.
+    """Judges records against the baseline's; what a record does not hold already is decoded again.
 
     Attributes:
         bench: the target and the methods.
         prompts: the prompts of one task.
+        baselines: the records of `ar` by prompt id.
         noise, baseline_distance: the largest so far, over the prompts in `measured`.
     """
 
     bench: Bench
     task: str
     prompts: Sequence[Prompt]
+    baselines: Mapping[str, Record]
     noise: float = 0.0
     baseline_distance: float = 0.0
     measured: set[str] = field(default_factory=set)
-    _reference: nn.Module | None = None
 
-    @property
-    def reference(self) -> nn.Module:
-        """The target in fp32."""
-        if self._reference is None:
-            self._reference = reference_model(self.bench.model.target.model)
-        return self._reference
-
-    def judge(self, prompt: Prompt, baseline: Record, record: Record) -> Judgement:
+    def judge(self, prompt: Prompt, record: Record) -> Judgement:
         """Tie or bug, if the ids differ at all."""
+        baseline = self.baselines[prompt.id]
         if first_difference(baseline.ids, record.ids) is None:
             return Judgement("exact")
         ids = self.bench.encode(self.task, prompt)
-        mismatch = find_mismatch(self.reference, ids, baseline.ids, record.ids)
+        mismatch = find_mismatch(self.bench.reference, ids, baseline.ids, record.ids)
         assert mismatch is not None
         self._measure_noise(prompt)
         dtype = self.bench.model.target.dtype
@@ -69,7 +63,9 @@ class Identity:
             if is_tie(mismatch.gap, self.noise, dtype) or not is_tie(mismatch.gap, float("inf"), dtype):
                 break
             self._measure_noise(other)
-        distance = self._distance(ids, self._answer(record.method, ids))
+        distance = record.distance
+        if distance is None:
+            distance = logit_distance(*self._logits(ids, self._answer(record.method, ids)))
         return judge(mismatch, dtype, noise=self.noise, distance=distance, baseline_distance=self.baseline_distance)
 
     def _measure_noise(self, prompt: Prompt) -> None:
@@ -77,9 +73,12 @@ class Identity:
             return
         self.measured.add(prompt.id)
         ids = self.bench.encode(self.task, prompt)
-        logits, exact = self._logits(ids, self._answer(BASELINE, ids))
-        self.noise = max(self.noise, margin_noise(logits, exact))
-        self.baseline_distance = max(self.baseline_distance, logit_distance(logits, exact))
+        baseline = self.baselines[prompt.id]
+        noise, distance = baseline.noise, baseline.distance
+        if noise is None or distance is None:
+            logits, exact = self._logits(ids, self._answer(BASELINE, ids))
+            noise, distance = margin_noise(logits, exact), logit_distance(logits, exact)
+        self.noise, self.baseline_distance = max(self.noise, noise), max(self.baseline_distance, distance)
 
     def _answer(self, method: str, ids: list[int]) -> Answer:
         found: Method = next(each for each in self.bench.methods if each.name == method)
@@ -87,10 +86,7 @@ class Identity:
 
     def _logits(self, ids: list[int], answer: Answer) -> tuple[Tensor, Tensor]:
         assert answer.logits is not None
-        return answer.logits.cpu(), reference_logits(self.reference, ids, answer.ids)
-
-    def _distance(self, ids: list[int], answer: Answer) -> float:
-        return logit_distance(*self._logits(ids, answer))
+        return answer.logits.cpu(), reference_logits(self.bench.reference, ids, answer.ids)
 
 
 def judge_all(
@@ -100,14 +96,12 @@ def judge_all(
     if bench.settings.temperature > 0 or BASELINE not in bench.settings.methods:
         return {}
     judgements: dict[tuple[str, str, str], Judgement] = {}
-    reference: nn.Module | None = None
     for task, prompts in tasks.items():
-        identity = Identity(bench, task, prompts, _reference=reference)
+        baselines = {prompt.id: records[task, prompt.id, BASELINE] for prompt in prompts}
+        identity = Identity(bench, task, prompts, baselines)
         for prompt in prompts:
-            baseline = records[task, prompt.id, BASELINE]
             for method in bench.methods:
                 if method.name != BASELINE:
                     record = records[task, prompt.id, method.name]
-                    judgements[record.key] = identity.judge(prompt, baseline, record)
-        reference = identity._reference
+                    judgements[record.key] = identity.judge(prompt, record)
     return judgements

@@ -186,7 +186,7 @@ class TransformersMethod:
         model, device = self.target.model, self.target.device
         text = torch.tensor([prompt], device=device)
         rounds = _RoundCounter()
-        settings = self._settings(request)
+        settings = self._settings(request, self.target.context_length - len(prompt))
         more: dict[str, Any] = {"streamer": rounds} if self.lookup else {}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _neutral(model):
             torch.manual_seed(request.seed)
@@ -202,7 +202,7 @@ class TransformersMethod:
         accepted = [size - 1 for size in rounds.sizes[1:]] if self.lookup else None
         return Answer(ids, seconds, accept_lengths=accepted, depth=self.lookup, logits=logits)
 
-    def _settings(self, request: Request) -> Any:
+    def _settings(self, request: Request, room: int) -> Any:
         from transformers import GenerationConfig
 
         ends = list(self.target.eos_token_ids)
@@ -211,7 +211,7 @@ class TransformersMethod:
             ends = [2**31 - 1]
         sampled = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
         return GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=request.max_new_tokens,
+            max_new_tokens=min(request.max_new_tokens, room),  # the engine ends with the context too
             eos_token_id=ends,
             pad_token_id=ends[0],
             return_dict_in_generate=True,

@@ -8,15 +8,20 @@ wait for the device. With several worker processes only acceptance is measured, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from coral_spec.bench.methods import Answer, Method, Request, make_method
 from coral_spec.bench.records import PartialFile, Record
 from coral_spec.bench.tasks import Prompt, as_instruction
+from coral_spec.check.noise import logit_distance, margin_noise, reference_logits, reference_model
 from expkit.cli import progress
 from expkit.errors import UsageError
+from expkit.rundir import evidence
 
 if TYPE_CHECKING:
     from coral_spec.model import Model
@@ -59,6 +64,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not least <= value < float("inf"):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, needed at least {least}")
+
+    @property
+    def judged_at_once(self) -> bool:
+        """Whether logits are compared with fp32 while measuring, since nothing is timed."""
+        return self.workers > 1 and self.temperature == 0 and "ar" in self.methods
 
     @property
     def request(self) -> Request:
@@ -125,11 +135,28 @@ class Bench:
         ids = self.encode(task, prompt)
         turn = index % len(self.methods)
         order = [m for m in self.methods[turn:] + self.methods[:turn] if not skip((task, prompt.id, m.name))]
+        request = replace(self.settings.request, record_logits=self.settings.judged_at_once)
         answers: dict[str, list[Answer]] = {method.name: [] for method in order}
         for _ in range(self.settings.repeats):
             for method in order:
-                answers[method.name].append(method.answer(ids, self.settings.request))
-        return [make_record(task, prompt.id, method.name, len(ids), answers[method.name]) for method in order]
+                answers[method.name].append(method.answer(ids, request))
+        records = [make_record(task, prompt.id, method.name, len(ids), answers[method.name]) for method in order]
+        if not self.settings.judged_at_once:
+            return records
+        return [self._compare(ids, record, answers[record.method]) for record in records]
+
+    def _compare(self, prompt: list[int], record: Record, answers: list[Answer]) -> Record:
+        """Add how far the answer's logits are from fp32."""
+        working = next(answer.logits for answer in answers if answer.ids == record.ids)
+        assert working is not None
+        exact = reference_logits(self.reference, prompt, record.ids)
+        working = working.cpu()
+        return replace(record, noise=margin_noise(working, exact), distance=logit_distance(working, exact))
+
+    @cached_property
+    def reference(self) -> nn.Module:
+        """The target in fp32, made when first asked for."""
+        return reference_model(self.model.target.model)
 
 
 def make_record(task: str, prompt: str, method: str, prompt_tokens: int, answers: list[Answer]) -> Record:
@@ -153,7 +180,8 @@ def open_partial(settings: Settings, tasks: Mapping[str, list[Prompt]], json_pat
     from coral_spec.bench.tasks import digest_prompts
 
     digests = {task: digest_prompts(prompts) for task, prompts in tasks.items()}
-    return PartialFile(json_path, {**asdict(settings), "tasks": digests})
+    about = {name: evidence()[name] for name in ("versions", "hardware")}  # no run is measured on two machines
+    return PartialFile(json_path, {**asdict(settings), "tasks": digests, **about})
 
 
 def run(bench: Bench, tasks: Mapping[str, list[Prompt]], partial: PartialFile) -> None:

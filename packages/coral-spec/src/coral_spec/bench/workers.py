@@ -56,6 +56,8 @@ def _next(answers: Any, workers: list[Any]) -> list[Record]:
         try:
             answer = answers.get(timeout=_POLL_SECONDS)
         except queue.Empty:
+            if not dead and all(worker.exitcode is not None for worker in workers):
+                raise RuntimeError("the worker processes ended without an answer; try --workers 1") from None
             if dead:
                 raise RuntimeError(f"a worker process ended with code {dead[0]}; try fewer --workers") from None
             continue
@@ -65,8 +67,11 @@ def _next(answers: Any, workers: list[Any]) -> list[Record]:
 
 
 def _work(settings: Settings, jobs: list[Job], done: frozenset[Key], count: int, answers: Any) -> None:
+    import signal
+
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     try:
         bench = Bench.load(settings)

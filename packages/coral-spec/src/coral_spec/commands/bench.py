@@ -43,7 +43,8 @@ def run(
     """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
     from coral_spec.bench.methods import parse_methods
     from coral_spec.bench.runner import Bench, Settings, open_partial
-    from coral_spec.bench.tasks import load_task, parse_tasks, read_prompts
+    from coral_spec.bench.tasks import TASKS, load_task, parse_tasks, read_prompts
+    from expkit.errors import UsageError
 
     settings = Settings(
         model=model,
@@ -64,7 +65,10 @@ def run(
     # wrong use is told before anything is loaded
     questions = {name: load_task(name, limit=limit, data_dir=data_dir) for name in names}
     if prompts is not None:
-        questions[prompts.name.split(".")[0]] = read_prompts(prompts)[:limit]
+        name = prompts.name.split(".")[0]
+        if name in TASKS:
+            raise UsageError(f"--prompts is {prompts}, but {name} is a task of its own; rename the file")
+        questions[name] = read_prompts(prompts)[:limit]
     _require_file_name("json", json, ".json")
     _require_file_name("plot", plot, ".png")
 

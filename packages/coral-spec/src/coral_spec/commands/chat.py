@@ -27,6 +27,7 @@ def run(
     """Talk with an instruct model; an empty line or the end of input leaves."""
     import coral_spec
     from coral_spec.answer import Limits, Request
+    from expkit.errors import UsageError
 
     limits = Limits(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     Request(**limits)
@@ -36,7 +37,11 @@ def run(
     while text := _ask():
         with options.interruptible() as pressed:
             limits["should_stop"] = pressed
-            turn = conversation.stream(text, **limits)
+            try:
+                turn = conversation.stream(text, **limits)
+            except UsageError as error:  # too long for the context, say: the conversation goes on without it
+                typer.echo(f"error: {error}", err=True)
+                continue
             for piece in turn:
                 sys.stdout.write(piece)
                 sys.stdout.flush()

@@ -25,7 +25,7 @@ def run(
     batch_size: Annotated[int, typer.Option(help="Most answers written at once.")] = 256,
     cache_gib: Annotated[float, typer.Option(help="Most GiB of keys and values at once.")] = 4.0,
     shard_size: Annotated[int, typer.Option(help="Answers per file.")] = 4096,
-    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the answers.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")] = "auto",
 ) -> None:
@@ -100,14 +100,13 @@ def _require(prompts: Path | None, self_prompts: int, temperature: float, top_p:
         raise UsageError("give either --prompts FILE or --self-prompts N (the model writes its own prompts)")
     if self_prompts < 0:
         raise UsageError(f"--self-prompts is {self_prompts}; it must be positive")
-    if temperature < 0:
-        raise UsageError(f"--temperature is {temperature}; it must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise UsageError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    from coral_spec.sampling import Sampling
+
+    Sampling(temperature, 0, top_p)  # its own checks
 
 
 def _positive(name: str, value: float | None) -> None:
     from expkit.errors import UsageError
 
-    if value is not None and value <= 0:
+    if value is not None and not 0 < value < float("inf"):
         raise UsageError(f"{name} is {value}; it must be positive")

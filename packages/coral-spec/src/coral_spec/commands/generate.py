@@ -61,9 +61,9 @@ def run(
             plain = loaded.with_draft("none").generate(text, chat=chat, **limits)
             speedup = answer.statistics.tokens_per_second / plain.statistics.tokens_per_second
             same = answer.token_ids == plain.token_ids
-            line += (
-                f", {speedup:.2f}x plain decoding ({'the same tokens' if same else 'other tokens: a tie, see check'})"
-            )
+            words = "the same tokens" if same else "other tokens: `coral-spec check` tells ties from bugs"
+            if plain.finish_reason != "interrupted":
+                line += f", {speedup:.2f}x plain decoding ({words})"
             record |= {"speedup": speedup, "same_tokens": same, "plain": plain.statistics.to_dict()}
     typer.echo(line, err=True)
     if json is not None:

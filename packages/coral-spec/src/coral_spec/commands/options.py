@@ -24,7 +24,9 @@ MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]
 TopP = Annotated[float, typer.Option(help="Sample among the most probable tokens of this mass; 1 is off.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same text, with or without drafting.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same text, with or without drafting.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]

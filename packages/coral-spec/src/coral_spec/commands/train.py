@@ -16,7 +16,7 @@ def run(
     align_steps: Annotated[int | None, typer.Option(help="Harmonised steps: 1 is EAGLE-2, 3 is HASS.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="Follow the clock and end after this time.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, batches and noise.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**31 - 1, help="Seed of weights, batches and noise.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bf16 or fp32.")] = None,
     set_: Annotated[

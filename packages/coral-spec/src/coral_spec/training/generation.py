@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from coral_spec.backbone import finish_logits
 from coral_spec.training.layout import LayerMasks, layer_masks
 
 if TYPE_CHECKING:
@@ -217,7 +218,12 @@ class _Loop:
         """Next tokens ``(rows,)``; a bounded number of logit rows is in fp32 at a time."""
         per_chunk = max(1, SAMPLE_ELEMENTS // self.head.weight.shape[0])
         parts = torch.split(hidden, per_chunk)
-        return torch.cat([sample_tokens(self.head(part), self.sampling, self.generator) for part in parts])
+        return torch.cat(
+            [
+                sample_tokens(finish_logits(self.config, self.head(part)), self.sampling, self.generator)
+                for part in parts
+            ]
+        )
 
     def record(self, step: int, tokens: Tensor) -> None:
         going = ~self.ended[self.alive]

@@ -82,7 +82,11 @@ class Trainer:
         self.plan = BatchPlan(answers, rows, tokens=config.batch.tokens, max_length=length, seed=config.seed)
         held = held[: config.evaluation.rows]
         groups = group_by_length(answers.lengths.clamp(max=length), held, config.batch.tokens)
-        self.held_out = [make_batch(answers, group, length) for group in groups] if len(held) else []
+        if len(held) == 0:
+            raise UsageError(
+                f"none of the {config.evaluation.prompts} held-out prompts has a usable answer; hold out more"
+            )
+        self.held_out = [make_batch(answers, group, length) for group in groups]
         self.clock = Clock()
         self._mark = time.perf_counter()
         self._sums: dict[str, Tensor] = {}
