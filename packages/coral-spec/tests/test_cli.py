@@ -128,7 +128,7 @@ def test_readme_commands_and_python_run(folder, tmp_path, monkeypatch, capsys):
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("coral-spec ")]
     assert len(lines) >= 9
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text("".join('{"prompt": "tell me about %d"}\n' % number for number in range(12)))
+    Path("prompts.jsonl").write_text("".join(f'{{"prompt": "tell me about {number}"}}\n' for number in range(12)))
     config = next(block for block in blocks if block.startswith("toml")).removeprefix("toml")
     settings = "\n[evaluation]\nprompts = 2\nevery = 2\n[batch]\ntokens = 512\n"
     Path("drafter.toml").write_text(config.replace("MODEL", folder).replace("6000", "2") + settings)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from coral_spec.check.noise import FP32_GAP
 from coral_spec.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -120,7 +121,8 @@ class Level:
 
     Attributes:
         cells: beginning -> probability, for all that matter.
-        support: which next tokens have a probability above zero, by the beginning before them.
+        support: which next tokens may be drawn, by the beginning before them: those above zero, and those that
+            miss the top-k by less than fp32 rounding.
     """
 
     cells: dict[Cell, float]
@@ -152,9 +154,9 @@ def chain_probabilities(
         support: dict[Cell, frozenset[int]] = {}
         for start in range(0, len(open_cells), _ROWS):
             begun = list(open_cells)[start : start + _ROWS]
-            rows = _next_probabilities(reference, prompt, begun, temperature, top_k)
-            for cell, row in zip(begun, rows, strict=True):
-                support[cell] = frozenset(row.nonzero()[:, 0].tolist())
+            rows, possible = _next_probabilities(reference, prompt, begun, temperature, top_k)
+            for cell, row, tokens in zip(begun, rows, possible, strict=True):
+                support[cell] = frozenset(tokens.nonzero()[:, 0].tolist())
                 mass = row * open_cells[cell]
                 for token in (mass >= max(least, 1e-12)).nonzero()[:, 0].tolist():
                     cells[(*cell, token)] = float(mass[token])
@@ -165,18 +167,18 @@ def chain_probabilities(
 
 def _next_probabilities(
     reference: nn.Module, prompt: Sequence[int], begun: Sequence[Cell], temperature: float, top_k: int
-) -> Tensor:
-    """fp64 ``(len(begun), vocab)``, warped by transformers' own processors."""
+) -> tuple[Tensor, Tensor]:
+    """Probabilities, warped by transformers' own processors, and what may be drawn: fp64 and bool, by row."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
     device = next(reference.parameters()).device
     text = torch.tensor([[*prompt, *cell] for cell in begun], device=device)
     logits = reference(input_ids=text, use_cache=False, logits_to_keep=1).logits[:, -1].float()
-    warped = TemperatureLogitsWarper(float(temperature))(text, logits)
-    if top_k:
-        warped = TopKLogitsWarper(top_k)(text, warped)
+    scaled = TemperatureLogitsWarper(float(temperature))(text, logits)
+    warped = TopKLogitsWarper(top_k)(text, scaled) if top_k else scaled
+    least = warped.masked_fill(warped.isinf(), float("inf")).amin(dim=-1, keepdim=True)
     probabilities: Tensor = warped.double().softmax(dim=-1).cpu()
-    return probabilities
+    return probabilities, (scaled >= least - FP32_GAP / temperature).cpu()
 
 
 def examine_level(counts: Mapping[Cell, int], level: Level, token: int) -> LevelTest:

@@ -117,7 +117,8 @@ def _conclude(
     last = runs[-1]
     typer.echo(
         f"{last['method']}: {last['speedup']['hf']:.2f}x transformers' generate, {last['speedup']['ar']:.2f}x plain "
-        f"decoding, {last['tau'] or 1:.2f} tokens per forward of the model. {words.get(last['identical'], 'BUG: see check')}"
+        f"decoding, {last['tau'] or 1:.2f} tokens per forward of the model. "
+        f"{words.get(last['identical'], 'BUG: see check')}"
     )
     save_chart(runs, plot, title=f"{target.name}, greedy, {precision} on {target.device.type}")
     typer.echo(f"chart: {plot.resolve()}")

@@ -40,7 +40,7 @@ def plan_batches(lengths: list[int], batch_size: int, slots: int, new_tokens: in
 
 
 def own_prompts(target: Target, count: int, folder: Path, world: World, *, batch: int, seed: int) -> list[Prompt]:
-    """Prompts written by the target, kept in `folder/self_prompts-COUNT-SEED.jsonl` and read from there the next time."""
+    """Prompts written by the target, kept in `folder/self_prompts-COUNT-SEED.jsonl` read there the next time."""
     import json
 
     path = folder / f"self_prompts-{count}-{seed}.jsonl"
