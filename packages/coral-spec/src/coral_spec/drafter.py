@@ -125,7 +125,9 @@ class DrafterConfig:
             ours = fields["coral_spec"]
             sizes = {name: fields[name] for name in cls.__dataclass_fields__ if name in fields}
             return cls(**sizes, target=ours["target"], tokenizer_hash=ours["tokenizer_hash"])
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise UsageError(f"{path} is no drafter's configuration: it has no {error}") from error
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is no drafter's configuration: {error}") from error
 
 

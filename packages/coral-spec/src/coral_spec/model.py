@@ -25,7 +25,8 @@ Prompt = str | Messages | list[int]
 
 BUNDLED = Path(__file__).parent / "drafters"
 
-# Chosen by measurement (RESULTS.md): a CPU pays for every verified token, a GPU hardly does.
+# A CPU pays for every verified token, a GPU hardly does. The CPU's drafter tree is that of RESULTS.md; CUDA's is
+# EAGLE-2's; those for n-grams are not tuned.
 DEFAULT_TREES = {"cpu": TreeShape(3, 4, 12), "cuda": TreeShape(6, 10, 60)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = 8192
@@ -98,14 +99,14 @@ class Model:
         if name == "none":
             return NoDraft
         if name == "ngram":
-            shape = tree or NGRAM_TREES.get(kind, NGRAM_TREES["cuda"])
+            shape = tree or NGRAM_TREES[kind]
             chains = max(1, min(shape.width, shape.budget // shape.depth))
             return lambda: NgramDraft(shape.depth, chains)
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
         drafter = packed(Drafter.load(folder, self.target))
-        shape = tree or DEFAULT_TREES.get(kind, DEFAULT_TREES["cuda"])
+        shape = tree or DEFAULT_TREES[kind]
         proposals = self._proposal_head(folder, head)
         if shape.width > proposals.rows:
             raise UsageError(f"tree width is {shape.width}, but the head has only {proposals.rows} rows")
