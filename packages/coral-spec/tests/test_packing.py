@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from coral_spec.packing import PackedLinear, packed
+from coral_spec.packing import PackedLinear, multiplies_bf16, packed
 from tiny import tiny_target
 
 
@@ -24,6 +25,13 @@ def test_a_packed_layer_computes_what_the_layer_does():
         assert type(twin) is PackedLinear
 
 
+@pytest.mark.skipif(not multiplies_bf16(), reason="the processor has no bf16 products")
+def test_a_packed_bf16_layer_rounds_as_the_layer_does():
+    layer = frozen(True).bfloat16()
+    states = torch.randn(1, 5, 24).bfloat16()
+    torch.testing.assert_close(packed(layer)(states), layer(states))
+
+
 def test_the_original_stays_as_it_is_and_shares_its_parameters():
     model = tiny_target("qwen2").model
     before = [type(module) for module in model.modules()]
@@ -35,9 +43,12 @@ def test_the_original_stays_as_it_is_and_shares_its_parameters():
 
 
 def test_what_cannot_be_packed_is_returned_as_it_is(monkeypatch):
-    trained, half = frozen(True).requires_grad_(True), frozen(True).bfloat16()
+    trained, half = frozen(True).requires_grad_(True), frozen(True).half()
     assert packed(trained) is trained
     assert packed(half) is half
+    monkeypatch.setattr("coral_spec.packing.multiplies_bf16", lambda: False)
+    emulated = frozen(True).bfloat16()
+    assert packed(emulated) is emulated
     monkeypatch.setattr("coral_spec.packing._free_memory", lambda: 1000.0)
     layer = frozen(False)
     assert packed(layer) is layer

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from coral_spec.cache import StaticCache
+from coral_spec.cache import StaticCache, cache_argument
 from coral_spec.masks import additive, chain_ancestors, visibility, within_window
 from coral_spec.packing import packed
 from expkit.errors import UsageError
@@ -43,6 +43,7 @@ class Backbone:
             raise UsageError(f"{target.name} ({self.config.model_type}) has no separate decoder and head to draft for")
         self.decoder, self.output = decoder, head
         self.embedding = model.get_input_embeddings()
+        self._cache_argument = cache_argument(decoder)
         self.hidden_size, self.vocab_size = int(head.weight.shape[1]), int(head.weight.shape[0])
         self.context_length = int(min(target.context_length, _steady_context(self.config)))
         self._windows = _windows(self.config)
@@ -91,8 +92,8 @@ class Backbone:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._mask(visible, positions, lengths),
-            past_key_values=cache,
             use_cache=True,
+            **{self._cache_argument: cache},
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
 

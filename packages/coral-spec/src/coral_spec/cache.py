@@ -7,10 +7,11 @@ the attention mask (`coral_spec.masks`), and the caller says which slots are wri
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 
@@ -54,6 +55,11 @@ class SlotStore:
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(states.nbytes for states in (self.keys, self.values) if states is not None)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What ``module.forward`` calls its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def _scatter(states: Tensor, slots: Tensor, new: Tensor) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+import torch
+
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.backbone import Backbone
 from coral_spec.conversation import Conversation, Prefix
@@ -25,9 +27,10 @@ Prompt = str | Messages | list[int]
 
 BUNDLED = Path(__file__).parent / "drafters"
 
-# A CPU pays for every verified token, a GPU hardly does. The CPU's drafter tree is that of RESULTS.md; CUDA's is
+# A CPU pays for every verified token, a GPU hardly does. The CPU's drafter trees are those of RESULTS.md; CUDA's is
 # EAGLE-2's; those for n-grams are not tuned.
-DEFAULT_TREES = {"cpu": TreeShape(3, 4, 12), "cuda": TreeShape(6, 10, 60)}
+CUDA_TREE = TreeShape(6, 10, 60)
+CPU_TREES = {torch.float32: TreeShape(3, 4, 12), torch.bfloat16: TreeShape(3, 2, 5)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = 8192
 
@@ -69,7 +72,14 @@ def load(
 
 
 class Model:
-    """A target with a draft; the text is the target's own, whatever the draft."""
+    """A target with a draft; the text is the target's own, whatever the draft.
+
+    Attributes:
+        target: the loaded language model.
+        context_length: tokens that prompt and answer may have together.
+        draft_name: ``none``, ``ngram`` or the drafter's folder.
+        tree: shape of the draft tree; None without a draft.
+    """
 
     def __init__(
         self,
@@ -92,21 +102,20 @@ class Model:
         self.context_length = min(context, max_length or context)
         folder = bundled_drafter(self.target) if draft == "auto" else None
         self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
-        self._make_draft = self._plan(self.draft_name, tree, head)
+        self.tree = None if self.draft_name == "none" else tree or default_tree(self.target, self.draft_name)
+        self._make_draft = self._plan(self.draft_name, head)
 
-    def _plan(self, name: str, tree: TreeShape | None, head: str | int) -> Callable[[], Draft]:
-        kind = self.target.device.type
-        if name == "none":
+    def _plan(self, name: str, head: str | int) -> Callable[[], Draft]:
+        shape = self.tree
+        if shape is None:
             return NoDraft
         if name == "ngram":
-            shape = tree or NGRAM_TREES[kind]
             chains = max(1, min(shape.width, shape.budget // shape.depth))
             return lambda: NgramDraft(shape.depth, chains)
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
         drafter = packed(Drafter.load(folder, self.target))
-        shape = tree or DEFAULT_TREES[kind]
         proposals = self._proposal_head(folder, head)
         if shape.width > proposals.rows:
             raise UsageError(f"tree width is {shape.width}, but the head has only {proposals.rows} rows")
@@ -187,6 +196,13 @@ class Model:
     def session(self, capacity: int) -> Session:
         """Fresh caches for ``capacity`` tokens."""
         return Session(self._backbone, self._make_draft(), capacity)
+
+
+def default_tree(target: Target, draft: str) -> TreeShape:
+    """The shape used when none is asked for."""
+    if draft == "ngram":
+        return NGRAM_TREES[target.device.type]
+    return CUDA_TREE if target.device.type == "cuda" else CPU_TREES.get(target.dtype, CPU_TREES[torch.float32])
 
 
 def bundled_drafter(target: Target) -> Path | None:

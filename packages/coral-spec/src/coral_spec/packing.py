@@ -1,9 +1,9 @@
-"""Linear layers in oneDNN's own layout, for fp32 on a CPU.
+"""Linear layers in oneDNN's own layout, on a CPU: fp32, and bf16 where the processor multiplies in it.
 
-torch's stock fp32 product repacks the weights whenever more than one row is multiplied, so verifying three tokens
-costs nearly twice as much as decoding one. Packed once, several rows cost little more than one (RESULTS.md has the
-table). It is the layout that torch's compiler uses; model classes stay as they are, a copy of the module tree shares
-all parameters, and the model that the user sees is untouched. The packed weights take their size once more.
+torch's stock product repacks the weights whenever more than one row is multiplied, so verifying three tokens costs
+nearly twice as much as decoding one. Packed once, several rows cost little more than one (RESULTS.md has the table).
+It is the layout that torch's compiler uses; model classes stay as they are, a copy of the module tree shares all
+parameters, and the model that the user sees is untouched. The packed weights take their size once more.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from expkit.device import resolve_dtype
 
 MEMORY_SHARE = 0.25  # of the memory that is free: larger models stay as they are
 
@@ -57,11 +59,16 @@ def _packable(linear: nn.Linear) -> bool:
     operations = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return (
         weight.device.type == "cpu"
-        and weight.dtype == torch.float32
+        and (weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and multiplies_bf16()))
         and not weight.requires_grad
         and bool(torch._C._has_mkldnn)
         and operations
     )
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor has bf16 products of its own; emulated ones gain nothing from packing."""
+    return resolve_dtype("auto", torch.device("cpu")) == torch.bfloat16
 
 
 def _free_memory() -> float:

@@ -72,11 +72,16 @@ class Sampling:
             token ids ``(batch, nodes)``.
         """
         if self.greedy:
-            return logits.argmax(dim=-1)
+            return largest(logits)
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         warped = self.warp(logits)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-        return warped.add_(noise[rows, depths]).argmax(dim=-1)
+        return largest(warped.add_(noise[rows, depths]))
+
+
+def largest(scores: Tensor) -> Tensor:
+    """Index of the first largest score along the last dimension: on a CPU `max` is several times `argmax`'s speed."""
+    return scores.max(dim=-1).indices
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:

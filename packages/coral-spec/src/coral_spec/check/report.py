@@ -90,7 +90,7 @@ def check(
             )
         )
     sampled = check_sampled(
-        exact.with_draft(exact.draft_name, tree=_shallow(exact, tree), head=head),
+        exact.with_draft(exact.draft_name, tree=_shallow(exact), head=head),
         reference,
         prompts[0],
         draws=draws,
@@ -113,15 +113,13 @@ def in_fp32(model: Model, tree: TreeShape | None = None, head: str | int = "auto
     return coral_spec.load(upcast, draft=model.draft_name, tree=tree, head=head)
 
 
-def _shallow(model: Model, tree: TreeShape | None) -> TreeShape:
+def _shallow(model: Model) -> TreeShape | None:
     """The model's tree cut at the levels that three tokens reach: deeper ones would only be paid for."""
-    from coral_spec.model import DEFAULT_TREES, NGRAM_TREES
-
-    defaults = NGRAM_TREES if model.draft_name == "ngram" else DEFAULT_TREES
-    shape = tree or defaults.get(model.target.device.type, defaults["cuda"])
-    depth = min(shape.depth, TOKENS - 1)
-    whole = replace(shape, depth=depth, budget=1)
-    return replace(whole, budget=min(shape.budget, whole.pool))
+    if model.tree is None:
+        return None
+    depth = min(model.tree.depth, TOKENS - 1)
+    whole = replace(model.tree, depth=depth, budget=1)
+    return replace(whole, budget=min(model.tree.budget, whole.pool))
 
 
 def table(report: Report) -> Table:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coral_spec.backbone import finish_logits
+from coral_spec.cache import cache_argument
 from coral_spec.training.layout import LayerMasks, layer_masks
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ class _Loop:
         self.columns = _round_up(self.width + sampling.max_new_tokens)
         model: Any = target.model
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.cache_argument = cache_argument(self.decoder)
         self.config = target.model.config.get_text_config()
         padding = [self.width - len(prompt) for prompt in prompts]
         ids = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
@@ -209,8 +211,8 @@ class _Loop:
             input_ids=ids,
             position_ids=positions,
             attention_mask=masks,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
 
