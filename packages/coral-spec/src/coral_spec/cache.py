@@ -33,6 +33,13 @@ class SlotStore:
         _scatter(self.values, slots, value)
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
+    def allocate(self, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        """Room for kernels to write to, in the device and dtype of ``like (batch, ...)``."""
+        if self.keys is None:
+            shape = (like.shape[0], kv_heads, self.capacity, head_dim)
+            self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+            self.counter = torch.zeros(1024, dtype=torch.int32, device=like.device)
+
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Copy slots ``source (batch, n)`` to ``destination (batch, n)``; reads happen before writes."""
         for states in (self.keys, self.values):
@@ -97,10 +104,13 @@ class StaticCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by attention layers: keys and values ``(batch, kv_heads, new, head_dim)``."""
-        store = self.stores.get(layer_idx)
-        if store is None:
-            store = self.stores[layer_idx] = SlotStore(self.capacity)
-        return store.write(key_states, value_states, self._slots, self._visible)
+        return self.store(layer_idx).write(key_states, value_states, self._slots, self._visible)
+
+    def store(self, layer: int) -> SlotStore:
+        """Keys and values of a layer."""
+        if layer not in self.stores:
+            self.stores[layer] = SlotStore(self.capacity)
+        return self.stores[layer]
 
     def move(self, source: Tensor, destination: Tensor) -> None:
         """Commit an accepted path: see :meth:`SlotStore.move`."""

@@ -165,11 +165,17 @@ def rotate(states: Tensor, positions: Tensor, theta: float) -> Tensor:
         theta: base of the frequencies.
     """
     half = states.shape[-1] // 2
-    exponents = torch.arange(half, device=states.device, dtype=torch.float32) / half
-    angles = positions[:, None, :, None].float() * theta**-exponents
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    cos, sin = (table[:, None].to(states.dtype) for table in rotary(positions, states.shape[-1], theta))
     first, second = states[..., :half], states[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """fp32 cosines and sines ``(..., head_dim / 2)`` of the rotary angles at ``positions (...)``."""
+    half = head_dim // 2
+    exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
+    angles = positions[..., None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
 
 
 class DraftAttention(nn.Module):

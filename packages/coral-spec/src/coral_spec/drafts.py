@@ -9,9 +9,9 @@ from torch import Tensor
 
 from coral_spec.backbone import Backbone
 from coral_spec.cache import SlotStore
-from coral_spec.drafter import Drafter
 from coral_spec.heads import ProposalHead
-from coral_spec.masks import additive, chain_ancestors, visibility
+from coral_spec.layers import FusedDrafter, Nodes
+from coral_spec.masks import chain_ancestors
 from coral_spec.statistics import Stopwatch
 from coral_spec.tree import Pool, Tree, TreeShape
 
@@ -151,18 +151,6 @@ class NgramDraft:
         )
 
 
-class _Aimed:
-    """The drafter's key-value store with the slots of the next forward."""
-
-    def __init__(self, capacity: int) -> None:
-        self.slots = SlotStore(capacity)
-        self.where: Tensor = torch.empty(0)
-        self.visible = 0
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.slots.write(key, value, self.where, self.visible)
-
-
 class DrafterDraft:
     """EAGLE-2's dynamic tree from a trained drafter.
 
@@ -170,17 +158,17 @@ class DrafterDraft:
     are written behind the filled prefix and overwritten by the next round.
     """
 
-    def __init__(self, backbone: Backbone, drafter: Drafter, head: ProposalHead, shape: TreeShape) -> None:
-        self.drafter, self.head, self.shape = drafter, head, shape
+    def __init__(self, backbone: Backbone, drafter: FusedDrafter, head: ProposalHead, shape: TreeShape) -> None:
+        self.head, self.shape = head, shape
         self.depth = shape.depth
         self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
-        self._backbone = backbone
-        self._store = _Aimed(0)
+        self._backbone, self._layers = backbone, drafter
+        self._store = SlotStore(0)
         self._feature: Tensor = torch.empty(0)  # (batch, hidden): predicted for the newest token
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :class:`Draft`."""
-        self._store.slots.resize(batch, capacity, filled)
+        self._store.resize(batch, capacity, filled)
         if self._feature.numel() and self._feature.shape[0] != batch:
             self._feature = self._feature[:1].expand(batch, -1)
 
@@ -201,14 +189,12 @@ class DrafterDraft:
     ) -> Tensor:
         """Entries written ``offset`` slots behind the prefix; ``ancestors (batch, n, offset + n)``."""
         count = tokens.shape[1]
-        index = lengths[:, None] + torch.arange(count, device=tokens.device)
-        store = self._store
-        store.where = index + offset
-        store.visible = min(store.slots.capacity, -(-(filled + offset + count) // 64) * 64)
-        mask = additive(visibility(ancestors, lengths, store.visible), features.dtype)
+        visible = min(self._store.capacity, -(-(filled + offset + count) // 64) * 64)
+        slots = lengths[:, None] + torch.arange(offset, offset + count, device=tokens.device)
         # A chain's entries follow one another; a tree level's entries all stand at the level's position.
-        level = ancestors.sum(dim=-1) - 1
-        return self.drafter(self._backbone.embed(tokens), features, lengths[:, None] + level, mask, store)  # type: ignore[no-any-return]
+        positions = lengths[:, None] + ancestors.sum(dim=-1) - 1
+        nodes = Nodes(positions, ancestors, lengths, offset, slots, visible, features.dtype)
+        return self._layers(self._backbone.embed(tokens), features, nodes, self._store)
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`."""

@@ -15,7 +15,7 @@ from coral_spec.drafter import Drafter, DrafterConfig, load_ranking
 from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
 from coral_spec.engine import Session
 from coral_spec.heads import FrequencyHead, FullHead, ProposalHead
-from coral_spec.packing import packed
+from coral_spec.layers import FusedDrafter
 from coral_spec.tree import TreeShape
 from expkit.errors import UsageError
 
@@ -115,7 +115,7 @@ class Model:
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
-        drafter = packed(Drafter.load(folder, self.target))
+        drafter = FusedDrafter(Drafter.load(folder, self.target))
         proposals = self._proposal_head(folder, head)
         if shape.width > proposals.rows:
             raise UsageError(f"tree width is {shape.width}, but the head has only {proposals.rows} rows")

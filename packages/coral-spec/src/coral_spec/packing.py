@@ -21,17 +21,27 @@ from expkit.device import resolve_dtype
 MEMORY_SHARE = 0.25  # of the memory that is free: larger models stay as they are
 
 
+def pack(weight: Tensor) -> Tensor:
+    """``weight (outputs, width)`` in oneDNN's layout, for :func:`multiply`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())  # type: ignore[no-any-return]
+
+
+def multiply(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``(..., width)`` by a packed weight: ``(..., outputs)``."""
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
 class PackedLinear(nn.Module):
     """Stands in for `nn.Linear`: same parameters, same result up to the order of sums."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self._packed: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self._packed: Any = pack(linear.weight)
 
     def forward(self, states: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        return torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        return multiply(states, self._packed, self.bias)
 
 
 def packed(module: nn.Module) -> Any:
@@ -39,9 +49,7 @@ def packed(module: nn.Module) -> Any:
 
     The copy shares parameters and buffers with the original, which stays as it is.
     """
-    linears = [each for each in module.modules() if type(each) is nn.Linear]
-    size = sum(each.weight.nbytes for each in linears)
-    if not linears or not all(_packable(each) for each in linears) or size > MEMORY_SHARE * _free_memory():
+    if not pays(module):
         return module
     if type(module) is nn.Linear:
         return PackedLinear(module)
@@ -54,8 +62,14 @@ def packed(module: nn.Module) -> Any:
     return twin
 
 
-def _packable(linear: nn.Linear) -> bool:
-    weight = linear.weight
+def pays(module: nn.Module) -> bool:
+    """Whether all linear layers of ``module`` can be packed, and there is memory for it."""
+    weights = [each.weight for each in module.modules() if type(each) is nn.Linear]
+    size = sum(weight.nbytes for weight in weights)
+    return bool(weights) and all(map(_packable, weights)) and size <= MEMORY_SHARE * _free_memory()
+
+
+def _packable(weight: Tensor) -> bool:
     operations = all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     return (
         weight.device.type == "cpu"

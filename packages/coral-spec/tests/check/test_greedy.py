@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coral_spec import backbone, engine, masks, tree
+from coral_spec import engine, layers, masks, tree
 from coral_spec.check.greedy import GreedyReport, check_greedy
 from coral_spec.check.report import in_fp32
 from coral_spec.model import Model, load
@@ -56,7 +56,7 @@ def test_a_mask_that_leaks_one_sibling_is_a_bug(monkeypatch: pytest.MonkeyPatch)
             ancestors[:, 2, 1] = True  # the second child of the root sees the first
         return masks.visibility(ancestors, lengths, keys)
 
-    monkeypatch.setattr(backbone, "visibility", leaking)
+    monkeypatch.setattr(layers, "visibility", leaking)
     report = oracle_check(load(tiny_target(), draft="ngram"), PROMPTS[0])
     assert report.identical == "bug"
     assert report.distance > 1e-2

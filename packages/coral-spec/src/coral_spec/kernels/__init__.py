@@ -1,0 +1,53 @@
+"""Triton kernels of the engine, for one text at a time on CUDA. Each has a torch reference that runs everywhere else.
+
+Triton is imported when a kernel is first needed: without it, or on a GPU that it does not serve, the torch path is
+taken, which is said once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from coral_spec.cache import SlotStore
+    from coral_spec.layers import Layer, Nodes
+
+MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def serve(states: Tensor) -> bool:
+    """Whether kernels take ``states (batch, nodes, width)``."""
+    return (
+        states.device.type == "cuda"
+        and states.shape[0] == 1
+        and states.shape[1] <= MAX_ROWS
+        and states.dtype in DTYPES
+        and available(states.device)
+    )
+
+
+@cache
+def available(device: torch.device) -> bool:
+    """Whether Triton is there and compiles for this GPU (compute capability 8.0 and newer)."""
+    if importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return True
+    warnings.warn(f"{reason}: the slower torch path is taken", stacklevel=2)
+    return False
+
+
+def layer(layer: Layer, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
+    """See `coral_spec.kernels.layer.run_layer`; for states that are served."""
+    from coral_spec.kernels.layer import run_layer
+
+    return run_layer(layer, states, nodes, store)

@@ -1,0 +1,218 @@
+"""Tree attention of one layer: head norms, rotary embedding, cache write and masked attention in one launch.
+
+The filled prefix is read once for all nodes and query heads of a key's head, only as far as it is filled (the length
+is read on the device, so one captured graph serves every length), split over programs; one more program takes the new
+nodes, whose keys it also writes to the cache. The last program of a head to finish joins the partial results in a
+fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _gather_heads(  # type: ignore[no-untyped-def]
+    qkv_ptr, base, inside, positions, cos_ptr, sin_ptr, norm_ptr, eps,
+    SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Both halves ``[rows, HALF]`` of heads at ``base``, normed and turned."""
+    d = tl.arange(0, HALF)
+    at = base[:, None] + d[None, :]
+    mask = inside[:, None] & (d < SIZE // 2)[None, :]
+    first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptr + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / SIZE + eps)[:, None]
+        first *= scale * tl.load(norm_ptr + d, mask=d < SIZE // 2, other=0.0)[None, :]
+        second *= scale * tl.load(norm_ptr + SIZE // 2 + d, mask=d < SIZE // 2, other=0.0)[None, :]
+    turn = positions[:, None] * SIZE + d[None, :]
+    cos = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + turn + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _accumulate(scores, seen, value, best, total, result):  # type: ignore[no-untyped-def]
+    """One step of the online softmax, base 2; rows that see nothing stay empty."""
+    scores = tl.where(seen, scores, -1.0e30)
+    higher = tl.maximum(best, tl.max(scores, axis=1))
+    weights = tl.where(seen, tl.exp2(scores - higher[:, None]), 0.0)
+    shrink = tl.exp2(best - higher)
+    result = result * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return higher, total * shrink + tl.sum(weights, axis=1), result
+
+
+@triton.jit
+def _attention_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, positions_ptr, lengths_ptr, ancestors_ptr,
+    keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, scale, eps,
+    GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
+    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, CAST: tl.constexpr,
+):  # fmt: skip
+    head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    blocks = tl.num_programs(2)
+    stride: tl.constexpr = (GROUPS + 2) * KV_HEADS * SIZE
+    dtype = tl.float32 if CAST else keys_ptr.dtype.element_ty
+    query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    node, query_in = query // GROUPS, query < rows * GROUPS
+    own_head = head * GROUPS + query % GROUPS
+    position = tl.load(positions_ptr + node, mask=query_in, other=0)
+    q_first, q_second = _gather_heads(
+        qkv_ptr, node * stride + own_head * SIZE, query_in, position, cos_ptr, sin_ptr, query_norm_ptr, eps,
+        SIZE, HALF, NORM,
+    )  # fmt: skip
+    q_first, q_second = (q_first * scale).to(dtype), (q_second * scale).to(dtype)
+    length = tl.load(lengths_ptr)
+    width = offset + rows
+    d, half = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
+    best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
+    if split < SPLITS:
+        filled = length + offset
+        low = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else length * 0
+        chunk = tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N) * BLOCK_N
+        begin = low + split * chunk
+        end = tl.minimum(begin + chunk, filled)
+        for start in range(begin, end, BLOCK_N):
+            slot = start + tl.arange(0, BLOCK_N)
+            slot_in = slot < end
+            at = (head * capacity + slot) * SIZE
+            k_mask = slot_in[None, :] & (half < SIZE // 2)[:, None]
+            k_first = tl.load(keys_ptr + at[None, :] + half[:, None], mask=k_mask, other=0.0).to(dtype)
+            k_second = tl.load(keys_ptr + at[None, :] + SIZE // 2 + half[:, None], mask=k_mask, other=0.0).to(dtype)
+            scores = tl.dot(q_first, k_first, input_precision="ieee")
+            scores = tl.dot(q_second, k_second, scores, input_precision="ieee")
+            seen = slot_in[None, :] & query_in[:, None]
+            if TREE:
+                behind = slot - length
+                own = tl.load(
+                    ancestors_ptr + node[:, None] * width + behind[None, :],
+                    mask=seen & (behind >= 0)[None, :], other=0,
+                )  # fmt: skip
+                seen = seen & ((behind < 0)[None, :] | (own != 0))
+            if WINDOW > 0:
+                seen = seen & (position[:, None] - slot[None, :] < WINDOW)
+            value = tl.load(
+                values_ptr + at[:, None] + d[None, :], mask=slot_in[:, None] & (d < SIZE)[None, :], other=0.0
+            ).to(dtype)
+            best, total, result = _accumulate(scores, seen, value, best, total, result)
+    else:
+        new = tl.arange(0, BLOCK_S)
+        new_in = new < rows
+        new_position = tl.load(positions_ptr + new, mask=new_in, other=0)
+        base = new * stride + (GROUPS * KV_HEADS + head) * SIZE
+        k_first, k_second = _gather_heads(
+            qkv_ptr, base, new_in, new_position, cos_ptr, sin_ptr, key_norm_ptr, eps, SIZE, HALF, NORM
+        )
+        value_mask = new_in[:, None] & (d < SIZE)[None, :]
+        value = tl.load(qkv_ptr + base[:, None] + KV_HEADS * SIZE + d[None, :], mask=value_mask, other=0.0)
+        if block == 0:
+            at = (head * capacity + length + offset + new) * SIZE
+            k_mask = new_in[:, None] & (half < SIZE // 2)[None, :]
+            element = keys_ptr.dtype.element_ty
+            tl.store(keys_ptr + at[:, None] + half[None, :], k_first.to(element), mask=k_mask)
+            tl.store(keys_ptr + at[:, None] + SIZE // 2 + half[None, :], k_second.to(element), mask=k_mask)
+            tl.store(values_ptr + at[:, None] + d[None, :], value, mask=value_mask)
+        scores = tl.dot(q_first, tl.trans(k_first.to(dtype)), input_precision="ieee")
+        scores = tl.dot(q_second, tl.trans(k_second.to(dtype)), scores, input_precision="ieee")
+        pair_in = query_in[:, None] & new_in[None, :]
+        own = tl.load(ancestors_ptr + node[:, None] * width + offset + new[None, :], mask=pair_in, other=0)
+        seen = pair_in & (own != 0)
+        if WINDOW > 0:
+            seen = seen & (position[:, None] - new_position[None, :] < WINDOW)
+        best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
+
+    pair = head * blocks + block
+    lane = tl.arange(0, BLOCK_Q)
+    part = (pair * (SPLITS + 1) + split) * BLOCK_Q
+    tl.store(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], result)
+    tl.store(stats_ptr + 2 * part + lane, best)
+    tl.store(stats_ptr + 2 * part + BLOCK_Q + lane, total)
+    tl.debug_barrier()  # all of this program's stores come before its count
+    if tl.atomic_add(counter_ptr + pair, 1) == SPLITS:
+        best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
+        total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
+        for one in range(SPLITS + 1):
+            part = (pair * (SPLITS + 1) + one) * BLOCK_Q
+            its_best = tl.load(stats_ptr + 2 * part + lane, cache_modifier=".cg")
+            its_total = tl.load(stats_ptr + 2 * part + BLOCK_Q + lane, cache_modifier=".cg")
+            its_result = tl.load(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], cache_modifier=".cg")
+            higher = tl.maximum(best, its_best)
+            mine, its = tl.exp2(best - higher), tl.exp2(its_best - higher)
+            total = total * mine + its_total * its
+            result = result * mine[:, None] + its_result * its[:, None]
+            best = higher
+        result = result / total[:, None]
+        out_at = (node * (GROUPS * KV_HEADS) + own_head) * SIZE
+        out_mask = query_in[:, None] & (d < SIZE)[None, :]
+        tl.store(out_ptr + out_at[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
+        tl.store(counter_ptr + pair, 0)  # ready for the next launch
+
+
+def attend(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counter: Tensor,
+    *,
+    offset: int,
+    scaling: float,
+    window: int | None = None,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 0.0,
+    splits: int | None = None,
+    cast: bool = False,
+) -> Tensor:
+    """Attended heads ``(nodes, heads * head_dim)``; the nodes' keys and values are written to the cache.
+
+    Args:
+        qkv: ``(nodes, (heads + 2 * kv_heads) * head_dim)``, as projected.
+        cos, sin: rotary tables ``(positions, head_dim)`` of `coral_spec.layers.Rope`.
+        positions: ``(nodes,)`` int64.
+        lengths: ``(1,)`` int64: filled prefix.
+        ancestors: bool ``(nodes, offset + nodes)``, contiguous.
+        keys, values: ``(1, kv_heads, capacity, head_dim)``.
+        counter: int32 zeros ``(1024,)``, left as zeros; one for each stream of launches.
+        offset: slots behind the prefix held by earlier nodes of the same tree.
+        scaling: of the scores.
+        window: a query sees keys fewer than this many positions back.
+        query_norm, key_norm, eps: head norms, fp32 weights ``(head_dim,)``.
+        splits: programs over the cached part; by the capacity when None.
+        cast: multiply in fp32, as Triton's interpreter must.
+    """
+    kv_heads, capacity, size = keys.shape[1:]
+    nodes = qkv.shape[0]
+    heads = qkv.shape[1] // size - 2 * kv_heads
+    groups = heads // kv_heads
+    half = max(16, triton.next_power_of_2(size // 2))
+    block_q = min(64, max(16, triton.next_power_of_2(nodes * groups)))
+    blocks = triton.cdiv(nodes * groups, block_q)
+    if splits is None:
+        splits = 8 if capacity <= 2048 else 16 if capacity <= 8192 else 32
+    device = qkv.device
+    part = torch.empty(kv_heads * blocks * (splits + 1), block_q, 2 * half, dtype=torch.float32, device=device)
+    stats = torch.empty(kv_heads * blocks * (splits + 1), 2, block_q, dtype=torch.float32, device=device)
+    out = torch.empty(nodes, heads * size, dtype=qkv.dtype, device=device)
+    _attention_kernel[(kv_heads, splits + 1, blocks)](
+        qkv, cos, sin, query_norm, key_norm, positions, lengths, ancestors.view(torch.uint8),
+        keys, values, part, stats, counter, out, nodes, offset, capacity, scaling * 1.4426950408889634, eps,
+        GROUPS=groups, KV_HEADS=kv_heads, SIZE=size, HALF=half, WINDOW=window or 0,
+        NORM=query_norm is not None, TREE=offset > 0, SPLITS=splits, BLOCK_Q=block_q,
+        BLOCK_N=32 if half > 64 or qkv.dtype == torch.float32 else 64,
+        BLOCK_S=max(16, triton.next_power_of_2(nodes)), CAST=cast,
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
