@@ -129,9 +129,10 @@ class Answer:
         started = time.perf_counter()
         request, sampling = self._request, self._request.sampling
         capacity = len(self._ids) + self._limit
+        self._own = self._session is None
         session = self._session = self._session or self._model.session(capacity)
         session.reserve(capacity)
-        session.watch = Stopwatch(session.device)
+        self._watch = session.watch = Stopwatch(session.device)
         logits, features = session.prefill(self._ids, self._keep)
         seeds = torch.tensor([request.seed], device=session.device)
         first = session.begin(logits, features, self._keep, sampling, seeds)
@@ -139,16 +140,27 @@ class Answer:
         if request.record_logits:
             self._logits.append(logits.float().cpu())
         yield self._take(first)
+        ahead = 0  # rounds that were begun and not yet read
         while self._reason is None:
             if request.should_stop and request.should_stop():
                 self._reason = "interrupted"
                 break
-            outcome = session.round(sampling, seeds, request.record_logits)
+            # A stop may be seen one round late, whose tokens are dropped; the limit is known to come.
+            while ahead < (1 if request.record_logits else session.ahead):
+                if ahead and len(self._tokens) + ahead >= self._limit:
+                    break
+                session.launch(sampling, seeds, request.record_logits)
+                ahead += 1
+            outcome = session.collect()
+            ahead -= 1
             tokens = outcome.tokens[0]
             self._accepted.append(len(tokens) - 1)
             if outcome.logits is not None:
                 self._logits.append(outcome.logits[0, : len(tokens)].float().cpu())
             yield self._take(tokens)
+        session.settle()
+        if self._own:
+            self._model.release(session)
         rest = self._stream.finish()
         self._seconds = time.perf_counter() - started
         yield rest
@@ -181,7 +193,7 @@ class Answer:
             prefill_seconds=self._prefill_seconds,
             accept_lengths=self._accepted,
             depth=session.draft.depth,
-            time_split=session.watch.split(),
+            time_split=self._watch.split(),
             cache_bytes=session.nbytes(),
         )
         logits = torch.cat(self._logits)[: len(self._tokens)] if self._logits else None

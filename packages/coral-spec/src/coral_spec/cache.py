@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from coral_spec import kernels
+
 
 class SlotStore:
     """Keys and values of one layer, ``(batch, kv_heads, capacity, head_dim)`` each, allocated at the first write."""
@@ -22,19 +24,18 @@ class SlotStore:
         self.capacity = capacity
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.counter: Tensor = torch.empty(0)  # of programs that are done, for the attention kernel
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Write ``(batch, kv_heads, new, head_dim)`` to ``slots (batch, new)``; return the first ``visible`` slots."""
-        if self.keys is None or self.values is None:
-            shape = (*key.shape[:2], self.capacity)
-            self.keys = key.new_zeros((*shape, key.shape[3]))
-            self.values = value.new_zeros((*shape, value.shape[3]))
+        self.allocate(key.shape[1], key.shape[3], key)
+        assert self.keys is not None and self.values is not None
         _scatter(self.keys, slots, key)
         _scatter(self.values, slots, value)
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def allocate(self, kv_heads: int, head_dim: int, like: Tensor) -> None:
-        """Room for kernels to write to, in the device and dtype of ``like (batch, ...)``."""
+        """Room to write to, on the device and in the dtype of ``like (batch, ...)``, if there is none yet."""
         if self.keys is None:
             shape = (like.shape[0], kv_heads, self.capacity, head_dim)
             self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
@@ -95,6 +96,7 @@ class StaticCache(Cache):
         self.stores: dict[int, SlotStore] = {}
         self._slots: Tensor = torch.empty(0)
         self._visible = 0
+        self._addresses: Tensor | None = None
 
     def aim(self, slots: Tensor, visible: int) -> None:
         """Where the next forward writes, ``(batch, new)``, and how many leading slots its attention reads."""
@@ -112,14 +114,33 @@ class StaticCache(Cache):
             self.stores[layer] = SlotStore(self.capacity)
         return self.stores[layer]
 
-    def move(self, source: Tensor, destination: Tensor) -> None:
-        """Commit an accepted path: see :meth:`SlotStore.move`."""
+    def commit(self, lengths: Tensor, path: Tensor) -> None:
+        """Move slots ``lengths + path`` to those from ``lengths`` on.
+
+        Args:
+            lengths: ``(batch,)``.
+            path: ``(batch, n)``, slots behind the prefix, the root's own first.
+        """
+        first = next(iter(self.stores.values()))
+        if first.keys is not None and kernels.serve(first.keys[:, 0, :1]):
+            kernels.move(self.addresses(), first.keys, lengths, path[0])
+            return
+        starts = lengths[:, None]
         for store in self.stores.values():
-            store.move(source, destination)
+            store.move(starts + path, starts + torch.arange(path.shape[1], device=path.device))
+
+    def addresses(self) -> Tensor:
+        """Where all layers' keys and values begin: int64, on their device; kernels follow them."""
+        if self._addresses is None:
+            buffers = [each for store in self.stores.values() for each in (store.keys, store.values)]
+            begins = [each.data_ptr() for each in buffers if each is not None]
+            device = next(each.device for each in buffers if each is not None)
+            self._addresses = torch.tensor(begins, dtype=torch.int64).to(device)
+        return self._addresses
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :meth:`SlotStore.resize`."""
-        self.capacity = capacity
+        self.capacity, self._addresses = capacity, None
         for store in self.stores.values():
             store.resize(batch, capacity, filled)
 

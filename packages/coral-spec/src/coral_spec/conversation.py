@@ -103,15 +103,20 @@ class Prefix:
                 f"{self._length} prompt tokens and {max_new_tokens} new ones exceed the context of "
                 f"{self._model.context_length}"
             )
+        if self._session.graphs is not None:  # captured rounds hold one row
+            return [self._draw([seed], max_new_tokens, sampling)[0] for seed in seeds]
+        return self._draw(seeds, max_new_tokens, sampling)
+
+    def _draw(self, seeds: Sequence[int], max_new_tokens: int, sampling: Sampling) -> list[list[int]]:
         session = self._session
         session.rewind(self._length)
-        session.repeat(len(seeds))
+        if session.graphs is None:
+            session.repeat(len(seeds))
         keys = torch.tensor(list(seeds), device=session.device)
         rows = [[token] for token in session.begin(self.logits, self._features, 0, sampling, keys)]
         while min(len(row) for row in rows) < max_new_tokens:
-            room = session.capacity - session.draft.slack - session.draft.depth - 1
-            if session.filled + 1 > room:
-                session.reserve(2 * room)
+            if session.filled + 1 > session.room:
+                session.reserve(2 * session.room)
             for row, new in zip(rows, session.round(sampling, keys).tokens, strict=True):
                 row.extend(new)
         return [row[:max_new_tokens] for row in rows]

@@ -44,6 +44,10 @@ class Draft(Protocol):
         """
         ...
 
+    def state(self) -> list[Tensor]:
+        """What :meth:`absorb` changes, but for caches."""
+        ...
+
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """A tree under the newest token.
 
@@ -67,6 +71,10 @@ class NoDraft:
 
     def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
         """Nothing is learnt."""
+
+    def state(self) -> list[Tensor]:
+        """None."""
+        return []
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """The root alone."""
@@ -95,12 +103,16 @@ class NgramDraft:
     def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
         """The engine keeps the history."""
 
+    def state(self) -> list[Tensor]:
+        """None."""
+        return []
+
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`. Without any match the root alone is verified."""
         text = history[:, : filled + 1]
         root = text.gather(1, lengths[:, None])
         ends, found = self._occurrences(text, lengths)
-        if not bool(found.any()):
+        if text.device.type == "cpu" and not bool(found.any()):  # elsewhere asking would mean waiting
             watch.lap("drafter")
             return Tree.root_only(root[:, 0])
         # (batch, width, depth): the token j places after each occurrence, wrapped round its period.
@@ -170,7 +182,7 @@ class DrafterDraft:
         """See :class:`Draft`."""
         self._store.resize(batch, capacity, filled)
         if self._feature.numel() and self._feature.shape[0] != batch:
-            self._feature = self._feature[:1].expand(batch, -1)
+            self._feature = self._feature[:1].repeat(batch, 1)
 
     def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
         """See :class:`Draft`."""
@@ -182,7 +194,15 @@ class DrafterDraft:
                 tokens[:, begin:end], features[:, begin:end], starts + begin, 0, ancestors, filled + begin
             )
         last = (counts - 1 - begin)[:, None, None].expand(-1, 1, output.shape[2])
-        self._feature = output.gather(1, last)[:, 0]
+        feature = output.gather(1, last)[:, 0]
+        if self._feature.shape == feature.shape:  # in place: captured graphs know it by its address
+            self._feature.copy_(feature)
+        else:
+            self._feature = feature
+
+    def state(self) -> list[Tensor]:
+        """The predicted feature."""
+        return [self._feature]
 
     def _forward(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, offset: int, ancestors: Tensor, filled: int
@@ -192,7 +212,7 @@ class DrafterDraft:
         visible = min(self._store.capacity, -(-(filled + offset + count) // 64) * 64)
         slots = lengths[:, None] + torch.arange(offset, offset + count, device=tokens.device)
         # A chain's entries follow one another; a tree level's entries all stand at the level's position.
-        positions = lengths[:, None] + ancestors.sum(dim=-1) - 1
+        positions = (lengths[:, None] + ancestors.sum(dim=-1) - 1).clamp(max=self._layers.positions - 1)
         nodes = Nodes(positions, ancestors, lengths, offset, slots, visible, features.dtype)
         return self._layers(self._backbone.embed(tokens), features, nodes, self._store)
 

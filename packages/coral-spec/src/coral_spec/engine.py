@@ -1,7 +1,8 @@
 """The decoding loop's state and its rounds: draft, verify, accept, commit. Batched, and free of host decisions.
 
-One round costs one target forward. The host reads a round's tokens once, after everything was launched. Ours; the
-scheme is EAGLE-2's with the acceptance of `coral_spec.sampling`.
+One round costs one target forward. The host reads a round's tokens once, after everything was launched; on CUDA a
+round is a captured graph (`coral_spec.graphs`), and the host may be a round ahead. Ours; the scheme is EAGLE-2's with
+the acceptance of `coral_spec.sampling`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.cache import StaticCache
 from coral_spec.drafts import PREFILL_CHUNK, Draft
+from coral_spec.graphs import AHEAD, Graphs
 from coral_spec.masks import chain_ancestors
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Stopwatch
@@ -39,28 +42,42 @@ class Session:
     Attributes:
         lengths: ``(batch,)``, tokens in the target's cache; the newest token stands behind them in ``history``.
         history: tokens by position, ``(batch, capacity)``.
+        graphs: captured rounds, where they are served: CUDA, one row, recognised layers.
     """
 
     def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
         self.backbone, self.draft = backbone, draft
         self.device = backbone.target.device
-        self.capacity = capacity + draft.slack + draft.depth + 1
+        self._margin = draft.slack + AHEAD * (draft.depth + 1)  # behind the last token that is asked for
+        self.capacity = capacity + self._margin
         self.cache = StaticCache(self.capacity)
         draft.resize(1, self.capacity, 0)
         self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(1, self.capacity, dtype=torch.long, device=self.device)
         self.watch = Stopwatch(self.device)
+        self.graphs = Graphs(self) if kernels.available(self.device) and backbone.layers else None
+        self._ready: list[tuple[Tensor, Tensor | None]] = []
         self._filled = 0
         self._levels = torch.arange(draft.depth + 1, device=self.device)
+
+    @property
+    def ahead(self) -> int:
+        """Rounds that may be under way at a time."""
+        return 1 if self.graphs is None else AHEAD
 
     @property
     def filled(self) -> int:
         """The largest of ``lengths``, without asking the device."""
         return self._filled
 
+    @property
+    def room(self) -> int:
+        """Tokens that it holds."""
+        return self.capacity - self._margin
+
     def reserve(self, capacity: int) -> None:
         """Grow to hold ``capacity`` tokens, keeping what is cached."""
-        needed = capacity + self.draft.slack + self.draft.depth + 1
+        needed = capacity + self._margin
         if needed <= self.capacity:
             return
         batch, filled = self.history.shape[0], self._filled
@@ -68,6 +85,8 @@ class Session:
         self.draft.resize(batch, needed, filled)
         self.history = torch.nn.functional.pad(self.history, (0, needed - self.capacity))
         self.capacity = needed
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def repeat(self, batch: int) -> None:
         """``batch`` rows equal to the first one."""
@@ -75,6 +94,7 @@ class Session:
         self.cache.resize(batch, self.capacity, self._filled)
         self.draft.resize(1, self.capacity, self._filled)
         self.draft.resize(batch, self.capacity, self._filled)
+        self.graphs = None
         self.lengths = self.lengths[:1].repeat(batch)
         self.history = self.history[:1].repeat(batch, 1)
 
@@ -97,7 +117,7 @@ class Session:
             parts.append(self.backbone.forward(chunk, positions, ancestors, starts, self.cache, begin))
         features = torch.cat(parts, dim=1)
         logits = self.backbone.head(features[:, -1])
-        self.lengths = torch.tensor([len(ids)], device=self.device)
+        self.lengths.fill_(len(ids))
         self._filled = len(ids)
         self.watch.lap("target")
         return logits, features
@@ -121,43 +141,83 @@ class Session:
 
     def round(self, sampling: Sampling, seeds: Tensor, keep_logits: bool = False) -> RoundResult:
         """Draft, verify, accept and commit once."""
+        self.launch(sampling, seeds, keep_logits)
+        return self.collect()
+
+    def launch(self, sampling: Sampling, seeds: Tensor, keep_logits: bool = False) -> None:
+        """Begin a round; :meth:`collect` gives its tokens. On CUDA the host may be one round ahead.
+
+        With ``keep_logits`` a round must be collected before the next one is begun.
+        """
+        if self.graphs is not None:
+            self.graphs.launch(sampling, seeds, keep_logits)
+        else:
+            self._ready.append(self.advance(sampling, seeds, keep_logits, self._filled))
+
+    def collect(self) -> RoundResult:
+        """Wait for the oldest round that was begun."""
+        packed, logits = self._ready.pop(0) if self.graphs is None else self.graphs.collect()
+        rows = packed.tolist()
+        # Rows of a batch are at different lengths, and the shortest may not be the one that grew least.
+        self._filled = self._filled + rows[0][0] if len(rows) == 1 else int(self.lengths.max())
+        if self.graphs is None:
+            self.watch.lap("rest")
+        return RoundResult([row[1 : 1 + row[0]] for row in rows], logits)
+
+    def advance(
+        self, sampling: Sampling, seeds: Tensor, keep_logits: bool, filled: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """A round on the device, without waiting for it; all state changes in place.
+
+        Args:
+            sampling, seeds, keep_logits: see :meth:`launch`.
+            filled: the largest of ``lengths``, or more.
+
+        Returns:
+            the number of new tokens and the tokens, ``(batch, 1 + depth + 1)``, and the logits if asked for.
+        """
         depth, lengths = self.draft.depth, self.lengths
-        tree = self.draft.propose(self.history, lengths, self._filled, self.watch)
+        tree = self.draft.propose(self.history, lengths, filled, self.watch)
         self.watch.lap("rest")
         positions = lengths[:, None] + tree.depths
-        hidden = self.backbone.forward(tree.tokens, positions, tree.ancestors, lengths, self.cache, self._filled)
+        hidden = self.backbone.forward(tree.tokens, positions, tree.ancestors, lengths, self.cache, filled)
         logits = self.backbone.head(hidden)
         self.watch.lap("target")
         draws = sampling.draw(logits, lengths[:, None] + 1 + self._levels, tree.depths, seeds)
         accepted = accept(tree, draws, depth)
-        self._commit(accepted, hidden)
-        packed = torch.cat([accepted.count[:, None], accepted.emitted], dim=1).tolist()
-        self._filled = max(self._filled + row[0] for row in packed) if len(packed) == 1 else self._longest()
-        self.watch.lap("rest")
+        self._commit(accepted, hidden, filled)
         kept = None
         if keep_logits:
             kept = logits.gather(1, accepted.path[:, :, None].expand(-1, -1, logits.shape[2]))
-        return RoundResult([row[1 : 1 + row[0]] for row in packed], kept)
+        return torch.cat([accepted.count[:, None], accepted.emitted], dim=1), kept
 
-    def _longest(self) -> int:
-        return int(self.lengths.max())
-
-    def _commit(self, accepted: Acceptance, hidden: Tensor) -> None:
+    def _commit(self, accepted: Acceptance, hidden: Tensor, filled: int) -> None:
         """Move the accepted path behind the prefix, note its tokens, and show it to the draft."""
         starts, path = self.lengths[:, None], accepted.path
         if self.draft.depth:
-            self.cache.move(starts + path, starts + self._levels)
+            self.cache.commit(self.lengths, path)
         self.history.scatter_(1, starts + 1 + self._levels, accepted.emitted)
         features = hidden.gather(1, path[:, :, None].expand(-1, -1, hidden.shape[2]))
         self.watch.lap("rest")
-        self.draft.absorb(accepted.emitted, features, self.lengths, accepted.count, self._filled)
+        self.draft.absorb(accepted.emitted, features, self.lengths, accepted.count, filled)
         self.watch.lap("drafter")
-        self.lengths = self.lengths + accepted.count
+        self.lengths += accepted.count
 
     def rewind(self, length: int) -> None:
         """Forget everything behind the first ``length`` tokens of every row."""
+        self.settle()
         self._filled = min(self._filled, length)
-        self.lengths = self.lengths.clamp(max=length)
+        self.lengths.clamp_(max=length)
+
+    def settle(self) -> None:
+        """Let go of rounds that were begun and never collected; their tokens stay in the caches, unseen."""
+        self._ready.clear()
+        if self.graphs is not None:
+            self.graphs.settle()
+
+    def state(self) -> list[Tensor]:
+        """What a round changes, but for caches and for tokens behind the newest."""
+        return [self.lengths, self.history, *self.draft.state()]
 
     def nbytes(self) -> int:
         """Bytes of the target's cache."""

@@ -46,6 +46,8 @@ class Norm:
 
     def __call__(self, states: Tensor) -> Tensor:
         """``(..., width)`` to the same, in the states' dtype."""
+        if kernels.serve(states):
+            return kernels.norm(states, self.weight, self.eps)
         wide = states.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         # torch's own rms_norm is made of more operations than these on a CPU
@@ -79,6 +81,8 @@ class Projection:
         if self._packed is not None:
             return packing.multiply(states, self._packed, self.bias)
         if self.weight is not None:
+            if kernels.serve(states):
+                return kernels.linear(states, self.weight, self.bias)
             return functional.linear(states, self.weight, self.bias)
         parts = [functional.linear(states, each.weight, each.bias) for each in self._parts]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
@@ -247,10 +251,15 @@ def recognise(decoder: Any, positions: int) -> tuple[list[Layer], Norm] | None:
 
 
 class FusedDrafter:
-    """A trained drafter's projection and layer, in the form that decoding uses."""
+    """A trained drafter's projection and layer, in the form that decoding uses.
+
+    Attributes:
+        positions: rows of its rotary table.
+    """
 
     def __init__(self, drafter: Drafter) -> None:
         pack, layer, config = packing.pays(drafter), drafter.layer, drafter.config
+        self.positions = config.max_position_embeddings
         attention, mlp, weight = layer.self_attn, layer.mlp, drafter.fc.weight
 
         def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +276,7 @@ class FusedDrafter:
                 kv_heads=config.num_key_value_heads,
                 head_dim=config.head_dim,
                 scaling=config.head_dim**-0.5,
-                rope=Rope(tables, config.max_position_embeddings, weight.device),
+                rope=Rope(tables, self.positions, weight.device),
             ),
             attention_norm=None,
             mlp_norm=Norm(layer.post_attention_layernorm.weight, config.rms_norm_eps),

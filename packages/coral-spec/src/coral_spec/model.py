@@ -33,6 +33,7 @@ CUDA_TREE = TreeShape(6, 10, 60)
 CPU_TREES = {torch.float32: TreeShape(3, 4, 12), torch.bfloat16: TreeShape(3, 2, 5)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = 8192
+SMALLEST_SESSION = 1024  # tokens, on a GPU
 
 
 def load(
@@ -104,6 +105,7 @@ class Model:
         self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
         self.tree = None if self.draft_name == "none" else tree or default_tree(self.target, self.draft_name)
         self._make_draft = self._plan(self.draft_name, head)
+        self._idle: list[Session] = []
 
     def _plan(self, name: str, head: str | int) -> Callable[[], Draft]:
         shape = self.tree
@@ -194,8 +196,19 @@ class Model:
         return ids
 
     def session(self, capacity: int) -> Session:
-        """Fresh caches for ``capacity`` tokens."""
+        """Caches for ``capacity`` tokens: fresh, or on a GPU an ended answer's, graphs included."""
+        if self.target.device.type == "cuda":
+            for idle in self._idle:
+                if idle.room >= capacity:
+                    self._idle.remove(idle)
+                    return idle
+            capacity = max(SMALLEST_SESSION, 1 << (capacity - 1).bit_length())
         return Session(self._backbone, self._make_draft(), capacity)
+
+    def release(self, session: Session) -> None:
+        """Keep ``session`` for the next answer; the largest one stays."""
+        if session.graphs is not None:
+            self._idle = [max([*self._idle, session], key=lambda each: each.room)]
 
 
 def default_tree(target: Target, draft: str) -> TreeShape:

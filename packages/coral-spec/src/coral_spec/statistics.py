@@ -83,10 +83,17 @@ class Stopwatch:
     """
 
     device: torch.device
+    running: bool = True
     _events: list[tuple[str, Any]] = field(default_factory=list)
+
+    def silent(self) -> Stopwatch:
+        """One that notes nothing: events can't be recorded while a graph is captured."""
+        return Stopwatch(self.device, running=False)
 
     def lap(self, part: str) -> None:
         """End a span."""
+        if not self.running:
+            return
         if self.device.type == "cuda":
             event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.device))

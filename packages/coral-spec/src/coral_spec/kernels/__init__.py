@@ -26,6 +26,7 @@ def serve(states: Tensor) -> bool:
     """Whether kernels take ``states (batch, nodes, width)``."""
     return (
         states.device.type == "cuda"
+        and states.dim() == 3
         and states.shape[0] == 1
         and states.shape[1] <= MAX_ROWS
         and states.dtype in DTYPES
@@ -36,6 +37,8 @@ def serve(states: Tensor) -> bool:
 @cache
 def available(device: torch.device) -> bool:
     """Whether Triton is there and compiles for this GPU (compute capability 8.0 and newer)."""
+    if device.type != "cuda":
+        return False
     if importlib.util.find_spec("triton") is None:
         reason = "Triton is not installed"
     elif torch.cuda.get_device_capability(device) < (8, 0):
@@ -51,3 +54,24 @@ def layer(layer: Layer, states: Tensor, nodes: Nodes, store: SlotStore) -> Tenso
     from coral_spec.kernels.layer import run_layer
 
     return run_layer(layer, states, nodes, store)
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``states (1, nodes, width)`` by ``weight (outputs, width)``."""
+    from coral_spec.kernels.linear import linear as launch
+
+    return launch(states[0].contiguous(), weight, bias=bias)[None]
+
+
+def norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of ``states (1, nodes, width)``."""
+    from coral_spec.kernels.linear import norm as launch
+
+    return launch(states[0].contiguous(), weight, eps)[None]
+
+
+def move(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
+    """Commit ``path (count,)`` in all buffers: see `coral_spec.kernels.cache.move`."""
+    from coral_spec.kernels.cache import move as launch
+
+    launch(addresses, like, lengths, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,8 +38,3 @@ def move(pointers: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
         pointers, lengths, path, capacity, path.numel(), like,
         SIZE=size, BLOCK_D=triton.next_power_of_2(size), BLOCK_P=triton.next_power_of_2(path.numel()), num_warps=2,
     )  # fmt: skip
-
-
-def addresses(buffers: list[Tensor]) -> Tensor:
-    """Addresses of ``buffers`` on their own device, for :func:`move`."""
-    return torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.int64).to(buffers[0].device)

@@ -1,0 +1,136 @@
+"""Rounds captured as CUDA graphs, replayed without the host: a round costs one launch instead of hundreds.
+
+One graph holds draft, verification, acceptance and commit. Lengths, tokens and features are read and changed on the
+device, so one graph serves every position of a session. The host reads a round's tokens from pinned memory, and may
+launch the next round before that. Ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from coral_spec.sampling import Sampling
+
+if TYPE_CHECKING:
+    from coral_spec.engine import Session
+
+AHEAD = 2  # rounds that may be under way
+WARM_UPS = 2
+
+
+@dataclass
+class _Round:
+    """A captured round and where it leaves its results; without a graph, how to run it."""
+
+    graph: Any
+    packed: Tensor
+    logits: Tensor | None
+
+
+@dataclass
+class _Landing:
+    """Where a round's tokens arrive on the host."""
+
+    host: Tensor
+    done: Any
+    logits: Tensor | None = None
+
+
+class Graphs:
+    """The captured rounds of a session, by what they were captured for.
+
+    When the device has no memory left for a graph, rounds are launched operation by operation from then on, which a
+    warning says once.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._rounds: dict[tuple[Sampling, bool], _Round] = {}
+        self._seeds = torch.zeros(1, dtype=torch.long, device=session.device)
+        width = session.draft.depth + 2
+        self._landings = [
+            _Landing(torch.empty(1, width, dtype=torch.long, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            for _ in range(AHEAD)
+        ]
+        self._under_way: list[_Landing] = []
+        self._count = 0
+        self._pool: Any = None
+        self._refused = False
+
+    def launch(self, sampling: Sampling, seeds: Tensor, keep_logits: bool) -> None:
+        """See `Session.launch`."""
+        assert len(self._under_way) < AHEAD
+        if seeds is not self._seeds:
+            self._seeds.copy_(seeds)
+        captured = self._round(sampling, keep_logits)
+        if captured is None:
+            packed, logits = self._run(sampling, keep_logits)
+        else:
+            captured.graph.replay()
+            packed, logits = captured.packed, captured.logits
+        landing = self._landings[self._count % AHEAD]
+        self._count += 1
+        landing.host.copy_(packed, non_blocking=True)
+        landing.logits = logits
+        landing.done.record()
+        self._under_way.append(landing)
+
+    def collect(self) -> tuple[Tensor, Tensor | None]:
+        """See `Session.collect`."""
+        landing = self._under_way.pop(0)
+        landing.done.synchronize()
+        return landing.host, landing.logits
+
+    def settle(self) -> None:
+        """Wait for what is under way and drop it."""
+        while self._under_way:
+            self.collect()
+
+    def forget(self) -> None:
+        """Drop all graphs: buffers have moved."""
+        self.settle()
+        self._rounds.clear()
+
+    def _run(self, sampling: Sampling, keep_logits: bool) -> tuple[Tensor, Tensor | None]:
+        session = self._session
+        return session.advance(sampling, self._seeds, keep_logits, session.room)
+
+    def _round(self, sampling: Sampling, keep_logits: bool) -> _Round | None:
+        key = sampling, keep_logits
+        if key not in self._rounds and not self._refused:
+            try:
+                self._rounds[key] = self._capture(sampling, keep_logits)
+            except torch.cuda.OutOfMemoryError:
+                self._refused = True
+                self._rounds.clear()
+                torch.cuda.empty_cache()
+                warnings.warn("no memory to capture rounds: they are launched one operation at a time", stacklevel=2)
+        return self._rounds.get(key)
+
+    def _capture(self, sampling: Sampling, keep_logits: bool) -> _Round:
+        """Run a round for its side effects on compilers and allocators, put the state back, and record one."""
+        session = self._session
+        watch, state = session.watch, session.state()
+        before = [part.clone() for part in state]
+        session.watch = watch.silent()
+        stream: Any = torch.cuda.Stream(session.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(session.device))
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    self._run(sampling, keep_logits)
+                    for part, saved in zip(state, before, strict=True):
+                        part.copy_(saved)
+            torch.cuda.current_stream(session.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                packed, logits = self._run(sampling, keep_logits)
+            self._pool = graph.pool()
+        finally:
+            session.watch = watch
+        return _Round(graph, packed, logits)
