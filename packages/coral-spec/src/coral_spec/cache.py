@@ -123,7 +123,7 @@ class StaticCache(Cache):
         """
         first = next(iter(self.stores.values()))
         if first.keys is not None and kernels.serve(first.keys[:, 0, :1]):
-            kernels.move(self.addresses(), first.keys, lengths, path[0])
+            kernels.commit(self.addresses(), first.keys, lengths, path[0])
             return
         starts = lengths[:, None]
         for store in self.stores.values():

@@ -47,7 +47,7 @@ class Norm:
     def __call__(self, states: Tensor) -> Tensor:
         """``(..., width)`` to the same, in the states' dtype."""
         if kernels.serve(states):
-            return kernels.norm(states, self.weight, self.eps)
+            return kernels.normalise(states, self.weight, self.eps)
         wide = states.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         # torch's own rms_norm is made of more operations than these on a CPU
@@ -82,7 +82,7 @@ class Projection:
             return packing.multiply(states, self._packed, self.bias)
         if self.weight is not None:
             if kernels.serve(states):
-                return kernels.linear(states, self.weight, self.bias)
+                return kernels.project(states, self.weight, self.bias)
             return functional.linear(states, self.weight, self.bias)
         parts = [functional.linear(states, each.weight, each.bias) for each in self._parts]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
@@ -220,7 +220,7 @@ class Layer:
     def __call__(self, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
         """``(batch, nodes, width)`` to the same; keys and values of the nodes are written to ``store``."""
         if kernels.serve(states):
-            return kernels.layer(self, states, nodes, store)
+            return kernels.decoder_layer(self, states, nodes, store)
         attended = self.attention(_normed(self.input_norm, states), nodes, store)
         states = states + _normed(self.attention_norm, self.attention.out(attended))
         gate, up = self.gate_up(self.mlp_norm(states)).chunk(2, dim=-1)

@@ -49,28 +49,28 @@ def available(device: torch.device) -> bool:
     return False
 
 
-def layer(layer: Layer, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
+def decoder_layer(layer: Layer, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
     """See `coral_spec.kernels.layer.run_layer`; for states that are served."""
     from coral_spec.kernels.layer import run_layer
 
     return run_layer(layer, states, nodes, store)
 
 
-def linear(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states (1, nodes, width)`` by ``weight (outputs, width)``."""
     from coral_spec.kernels.linear import linear as launch
 
     return launch(states[0].contiguous(), weight, bias=bias)[None]
 
 
-def norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normalise(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root mean square norm of ``states (1, nodes, width)``."""
     from coral_spec.kernels.linear import norm as launch
 
     return launch(states[0].contiguous(), weight, eps)[None]
 
 
-def move(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
+def commit(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
     """Commit ``path (count,)`` in all buffers: see `coral_spec.kernels.cache.move`."""
     from coral_spec.kernels.cache import move as launch
 
