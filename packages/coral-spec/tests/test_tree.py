@@ -22,17 +22,12 @@ def grow(seed: int, shape: TreeShape, batch: int = 2, flat: bool = False) -> tup
         tokens = torch.stack([torch.randperm(50, generator=generator)[: shape.width] for _ in range(batch * count)])
         return scores, tokens.view(batch, count, shape.width)
 
-    pool = Pool.empty()
+    pool = Pool(batch, shape, torch.device("cpu"))
     scores, tokens = level(1)
-    scores, tokens = scores[:, 0], tokens[:, 0]
-    pool.add(tokens, scores, torch.full_like(tokens, -1))
-    chosen = torch.arange(shape.width).expand(batch, -1)
-    for _ in range(shape.depth - 1):
-        more, tokens = level(shape.width)
-        totals = (scores[:, :, None] + more).flatten(1)
-        first = pool.add(tokens.flatten(1), totals, chosen.repeat_interleave(shape.width, dim=1))
-        scores, best = totals.topk(shape.width, dim=1)
-        chosen = first + best
+    frontier = pool.start(scores[:, 0], tokens[:, 0])
+    for depth in range(1, shape.depth):
+        grown = pool.extend(frontier, *level(shape.width), last=depth == shape.depth - 1)
+        frontier = grown[0] if grown else frontier
     return pool, torch.full((batch,), 7)
 
 
@@ -45,7 +40,8 @@ def test_kept_nodes_have_their_parents(seed, depth, width, flat, data):
     budget = data.draw(st.integers(1, shape.pool))
     pool, root = grow(seed, shape, flat=flat)
     tree = pool.rerank(root, budget, depth)
-    tokens, scores, parents = (torch.cat(part, dim=1) for part in (pool.tokens, pool.scores, pool.parents))
+    tokens, scores, parents = pool.tokens, pool.scores, pool.parents
+    assert pool.size == shape.pool
     for row in range(2):
         kept = sorted(range(pool.size), key=lambda node: (-float(scores[row, node]), node))[:budget]
         assert all(int(parents[row, node]) == -1 or int(parents[row, node]) in kept for node in kept)

@@ -221,30 +221,19 @@ class DrafterDraft:
         shape, width = self.shape, self.shape.width
         batch, device = lengths.shape[0], lengths.device
         root = history.gather(1, lengths[:, None])[:, 0]
-        pool = Pool.empty()
+        pool = Pool(batch, shape, device)
         watch.lap("drafter")
-        scores, tokens = self._children(self._feature[:, None], watch)
-        scores, tokens = scores[:, 0], tokens[:, 0]
-        chosen = torch.arange(width, device=device).expand(batch, -1)
-        pool.add(tokens, scores, torch.full_like(tokens, -1))
+        log_probs, children = self._children(self._feature[:, None], watch)
+        frontier = pool.start(log_probs[:, 0], children[:, 0])
         features = self._feature[:, None].expand(-1, width, -1)
-        own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        ancestors = own
         for level in range(shape.depth - 1):
-            predicted = self._forward(tokens, features, lengths, level * width, ancestors, filled)
+            predicted = self._forward(frontier.tokens, features, lengths, level * width, frontier.ancestors, filled)
             watch.lap("drafter")
             log_probs, children = self._children(predicted, watch)
-            totals = (scores[:, :, None] + log_probs).flatten(1)
-            children = children.flatten(1)
-            first = pool.add(children, totals, chosen.repeat_interleave(width, dim=1))
-            if level == shape.depth - 2:
-                break
-            scores, best = totals.topk(width, dim=1)
-            tokens, chosen = children.gather(1, best), first + best
-            above = best // width
-            features = predicted.gather(1, above[:, :, None].expand(-1, -1, predicted.shape[2]))
-            ancestors = ancestors.gather(1, above[:, :, None].expand(-1, -1, ancestors.shape[2]))
-            ancestors = torch.cat([ancestors, own], dim=2)
+            grown = pool.extend(frontier, log_probs, children, last=level == shape.depth - 2)
+            if grown is not None:
+                frontier, above = grown
+                features = predicted.gather(1, above[:, :, None].expand(-1, -1, predicted.shape[2]))
         return pool.rerank(root, shape.budget, shape.depth)
 
     def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:

@@ -16,11 +16,13 @@ from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.cache import StaticCache
 from coral_spec.drafts import PREFILL_CHUNK, Draft
-from coral_spec.graphs import AHEAD, Graphs
+from coral_spec.graphs import AHEAD, PROMPT_ROWS, Graphs
 from coral_spec.masks import chain_ancestors
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Stopwatch
 from coral_spec.tree import Acceptance, accept
+
+CAPTURED_PROMPT = 384  # longer prompts are read in larger pieces, operation by operation
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Session:
     def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
         self.backbone, self.draft = backbone, draft
         self.device = backbone.target.device
-        self._margin = draft.slack + AHEAD * (draft.depth + 1)  # behind the last token that is asked for
+        # Behind the last token that is asked for: rounds under way, or rows of a prompt's last replay.
+        self._margin = max(draft.slack + AHEAD * (draft.depth + 1), PROMPT_ROWS)
         self.capacity = capacity + self._margin
         self.cache = StaticCache(self.capacity)
         draft.resize(1, self.capacity, 0)
@@ -108,19 +111,29 @@ class Session:
         self.rewind(keep)  # first of all: a prefill that is broken off must not leave stale entries behind
         tokens = torch.tensor([ids], device=self.device)
         self.history[:, : len(ids)] = tokens
-        parts = []
-        for begin in range(keep, len(ids), PREFILL_CHUNK):
-            chunk = tokens[:, begin : begin + PREFILL_CHUNK]
-            starts = torch.tensor([begin], device=self.device)
-            positions = starts[:, None] + torch.arange(chunk.shape[1], device=self.device)
-            ancestors = chain_ancestors(1, chunk.shape[1], self.device)
-            parts.append(self.backbone.forward(chunk, positions, ancestors, starts, self.cache, begin))
-        features = torch.cat(parts, dim=1)
-        logits = self.backbone.head(features[:, -1])
+        features = self._features(tokens[:, keep:], keep)
+        logits = self.backbone.head(features[:, -1:])[:, 0]
         self.lengths.fill_(len(ids))
         self._filled = len(ids)
         self.watch.lap("target")
         return logits, features
+
+    def _features(self, tokens: Tensor, begin: int) -> Tensor:
+        if self.graphs is not None and tokens.shape[1] <= CAPTURED_PROMPT:
+            captured = self.graphs.prefill(tokens, begin)
+            if captured is not None:
+                return captured
+        parts = []
+        for first in range(0, tokens.shape[1], PREFILL_CHUNK):
+            start = self.lengths.new_full((1,), begin + first)
+            parts.append(self.run_prompt(tokens[:, first : first + PREFILL_CHUNK], start, begin + first))
+        return torch.cat(parts, dim=1)
+
+    def run_prompt(self, tokens: Tensor, start: Tensor, filled: int) -> Tensor:
+        """Features of ``tokens (1, n)`` that follow one another from position ``start (1,)`` on, which are cached."""
+        positions = start[:, None] + torch.arange(tokens.shape[1], device=self.device)
+        ancestors = chain_ancestors(1, tokens.shape[1], self.device)
+        return self.backbone.forward(tokens, positions, ancestors, start, self.cache, filled)
 
     def begin(self, logits: Tensor, features: Tensor, keep: int, sampling: Sampling, seeds: Tensor) -> list[int]:
         """Draw the first token of every row after :meth:`prefill` and show the prompt to the draft.
@@ -189,7 +202,7 @@ class Session:
         kept = None
         if keep_logits:
             kept = logits.gather(1, accepted.path[:, :, None].expand(-1, -1, logits.shape[2]))
-        return torch.cat([accepted.count[:, None], accepted.emitted], dim=1), kept
+        return accepted.packed, kept
 
     def _commit(self, accepted: Acceptance, hidden: Tensor, filled: int) -> None:
         """Move the accepted path behind the prefix, note its tokens, and show it to the draft."""

@@ -8,8 +8,9 @@ launch the next round before that. Ours.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +22,27 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # rounds that may be under way
 WARM_UPS = 2
+PROMPT_ROWS = 64  # tokens of a prompt read by one replay
+_Result = TypeVar("_Result")
 
 
 @dataclass
 class _Round:
-    """A captured round and where it leaves its results; without a graph, how to run it."""
+    """A captured round and where it leaves its results."""
 
     graph: Any
     packed: Tensor
     logits: Tensor | None
+
+
+@dataclass
+class _Prompt:
+    """A captured forward of some prompt tokens: inputs and output stay where they are."""
+
+    graph: Any
+    tokens: Tensor
+    start: Tensor
+    features: Tensor
 
 
 @dataclass
@@ -51,6 +64,7 @@ class Graphs:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._rounds: dict[tuple[Sampling, bool], _Round] = {}
+        self._prompt: _Prompt | None = None
         self._seeds = torch.zeros(1, dtype=torch.long, device=session.device)
         width = session.draft.depth + 2
         self._landings = [
@@ -86,6 +100,20 @@ class Graphs:
         landing.done.synchronize()
         return landing.host, landing.logits
 
+    def prefill(self, tokens: Tensor, begin: int) -> Tensor | None:
+        """Features of ``tokens (1, n)`` from position ``begin`` on, some rows a replay; None without a graph."""
+        captured = self._prompt_rows()
+        if captured is None:
+            return None
+        features = []
+        for first in range(0, tokens.shape[1], PROMPT_ROWS):
+            rows = tokens[:, first : first + PROMPT_ROWS]
+            captured.tokens[:, : rows.shape[1]] = rows  # rows behind them write slots that the next rows overwrite
+            captured.start.fill_(begin + first)
+            captured.graph.replay()
+            features.append(captured.features[:, : rows.shape[1]].clone())
+        return torch.cat(features, dim=1)
+
     def settle(self) -> None:
         """Wait for what is under way and drop it."""
         while self._under_way:
@@ -95,6 +123,7 @@ class Graphs:
         """Drop all graphs: buffers have moved."""
         self.settle()
         self._rounds.clear()
+        self._prompt = None
 
     def _run(self, sampling: Sampling, keep_logits: bool) -> tuple[Tensor, Tensor | None]:
         session = self._session
@@ -102,18 +131,26 @@ class Graphs:
 
     def _round(self, sampling: Sampling, keep_logits: bool) -> _Round | None:
         key = sampling, keep_logits
-        if key not in self._rounds and not self._refused:
-            try:
-                self._rounds[key] = self._capture(sampling, keep_logits)
-            except torch.cuda.OutOfMemoryError:
-                self._refused = True
-                self._rounds.clear()
-                torch.cuda.empty_cache()
-                warnings.warn("no memory to capture rounds: they are launched one operation at a time", stacklevel=2)
+        if key not in self._rounds:
+            found = self._capture(lambda: self._run(sampling, keep_logits))
+            if found is not None:
+                self._rounds[key] = _Round(found[0], *found[1])
         return self._rounds.get(key)
 
-    def _capture(self, sampling: Sampling, keep_logits: bool) -> _Round:
-        """Run a round for its side effects on compilers and allocators, put the state back, and record one."""
+    def _prompt_rows(self) -> _Prompt | None:
+        if self._prompt is None:
+            session = self._session
+            tokens = torch.zeros(1, PROMPT_ROWS, dtype=torch.long, device=session.device)
+            start = session.lengths.clone()
+            found = self._capture(lambda: session.run_prompt(tokens, start, session.capacity - PROMPT_ROWS))
+            if found is not None:
+                self._prompt = _Prompt(found[0], tokens, start, found[1])
+        return self._prompt
+
+    def _capture(self, run: Callable[[], _Result]) -> tuple[Any, _Result] | None:
+        """Run for the side effects on compilers and allocators, put the state back, and record."""
+        if self._refused:
+            return None
         session = self._session
         watch, state = session.watch, session.state()
         before = [part.clone() for part in state]
@@ -123,14 +160,20 @@ class Graphs:
         try:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
-                    self._run(sampling, keep_logits)
+                    run()
                     for part, saved in zip(state, before, strict=True):
                         part.copy_(saved)
             torch.cuda.current_stream(session.device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                packed, logits = self._run(sampling, keep_logits)
+                result = run()
             self._pool = graph.pool()
+        except torch.cuda.OutOfMemoryError:
+            self._refused = True
+            self._rounds.clear()
+            torch.cuda.empty_cache()
+            warnings.warn("no memory to capture rounds: they are launched one operation at a time", stacklevel=2)
+            return None
         finally:
             session.watch = watch
-        return _Round(graph, packed, logits)
+        return graph, result

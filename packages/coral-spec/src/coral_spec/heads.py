@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.packing import packed
 
@@ -29,9 +30,12 @@ class ProposalHead(Protocol):
         ...
 
 
-def _top_log_probs(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _top_log_probs(logits: Tensor, count: int, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if kernels.serve(logits) and count <= kernels.MAX_ROWS:
+        return kernels.top(logits, count, ids)
     best = logits.topk(count, dim=-1)
-    return best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True), best.indices
+    tokens = best.indices if ids is None else ids[best.indices]
+    return best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True), tokens
 
 
 class FullHead:
@@ -67,5 +71,4 @@ class FrequencyHead:
     def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See :class:`ProposalHead`."""
         logits = self._backbone.finish_logits(self._slab(features))
-        log_probs, index = _top_log_probs(logits, count)
-        return log_probs, self._ids[index]
+        return _top_log_probs(logits, count, self._ids)

@@ -221,6 +221,10 @@ class Layer:
         """``(batch, nodes, width)`` to the same; keys and values of the nodes are written to ``store``."""
         if kernels.serve(states):
             return kernels.decoder_layer(self, states, nodes, store)
+        return self.reference(states, nodes, store)
+
+    def reference(self, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
+        """The same in torch's own operations, for any device and batch."""
         attended = self.attention(_normed(self.input_norm, states), nodes, store)
         states = states + _normed(self.attention_norm, self.attention.out(attended))
         gate, up = self.gate_up(self.mlp_norm(states)).chunk(2, dim=-1)

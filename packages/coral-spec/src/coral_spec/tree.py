@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coral_spec import kernels
 from expkit.errors import UsageError
 
 
@@ -94,46 +95,115 @@ class Tree:
         return cls.build(root[:, None], torch.zeros_like(root)[:, None], 0)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Frontier:
+    """Nodes of one level that are expanded next.
+
+    Attributes:
+        tokens: ``(batch, width)``.
+        scores: cumulative log-probabilities, fp32 ``(batch, width)``.
+        index: places in the pool ``(batch, width)``.
+        ancestors: bool ``(batch, width, slots)``: expanded nodes of all levels so far, ``width`` a level, that each
+            node descends from or is.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    index: Tensor
+    ancestors: Tensor
+
+
 class Pool:
-    """All candidates of a growing tree; parents are pool indices, -1 for children of the root."""
+    """All candidates of a growing tree, level by level.
 
-    tokens: list[Tensor]
-    scores: list[Tensor]
-    parents: list[Tensor]
+    Attributes:
+        tokens, scores, parents: ``(batch, capacity)``, filled up to ``size``; parents are places in the pool, -1 for
+            children of the root.
+    """
 
-    @classmethod
-    def empty(cls) -> Pool:
-        """A pool before the first level."""
-        return cls([], [], [])
+    def __init__(self, batch: int, shape: TreeShape, device: torch.device) -> None:
+        self.width, self.size = shape.width, 0
+        self.tokens = torch.empty(batch, shape.pool, dtype=torch.long, device=device)
+        self.scores = torch.empty(batch, shape.pool, dtype=torch.float32, device=device)
+        self.parents = torch.empty(batch, shape.pool, dtype=torch.long, device=device)
 
-    @property
-    def size(self) -> int:
-        """Candidates so far."""
-        return sum(tokens.shape[1] for tokens in self.tokens)
+    def _add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
+        place = slice(self.size, self.size + tokens.shape[1])
+        self.tokens[:, place], self.scores[:, place], self.parents[:, place] = tokens, scores, parents
+        self.size = place.stop
 
-    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> int:
-        """Add a level ``(batch, n)`` each; returns the pool index of its first candidate."""
+    def start(self, log_probs: Tensor, children: Tensor) -> Frontier:
+        """The root's children ``(batch, width)``, all expanded next."""
+        self._add(children, log_probs, torch.full_like(children, -1))
+        batch, device = children.shape[0], children.device
+        index = torch.arange(self.width, device=device).expand(batch, -1)
+        own = torch.eye(self.width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+        return Frontier(children, log_probs, index, own)
+
+    def extend(
+        self, frontier: Frontier, log_probs: Tensor, children: Tensor, *, last: bool
+    ) -> tuple[Frontier, Tensor] | None:
+        """Add the children ``(batch, width, width)`` of all nodes of ``frontier``.
+
+        Returns:
+            the best of the children, and the node that each descends from, ``(batch, width)``; None after the last
+            level.
+        """
         first = self.size
-        self.tokens.append(tokens)
-        self.scores.append(scores)
-        self.parents.append(parents)
-        return first
+        if kernels.serve(log_probs):
+            self.size += self.width**2
+            return self._extend_by_kernel(frontier, log_probs, children, first, last)
+        totals = (frontier.scores[:, :, None] + log_probs).flatten(1)
+        children = children.flatten(1)
+        self._add(children, totals, frontier.index.repeat_interleave(self.width, dim=1))
+        if last:
+            return None
+        scores, best = totals.topk(self.width, dim=1)
+        above = best // self.width
+        slots = frontier.ancestors.shape[2]
+        inherited = frontier.ancestors.gather(1, above[:, :, None].expand(-1, -1, slots))
+        own = torch.eye(self.width, dtype=torch.bool, device=scores.device).expand(scores.shape[0], -1, -1)
+        ancestors = torch.cat([inherited, own], dim=2)
+        return Frontier(children.gather(1, best), scores, first + best, ancestors), above
+
+    def _extend_by_kernel(
+        self, frontier: Frontier, log_probs: Tensor, children: Tensor, first: int, last: bool
+    ) -> tuple[Frontier, Tensor] | None:
+        from coral_spec.kernels import tree
+
+        tokens, scores, index, above, ancestors = tree.extend(
+            log_probs[0],
+            children[0],
+            frontier.scores[0],
+            frontier.index[0],
+            frontier.ancestors[0],
+            (self.tokens, self.scores, self.parents),
+            first,
+            last,
+        )
+        if last:
+            return None
+        return Frontier(tokens[None], scores[None], index[None], ancestors[None]), above[None]
 
     def rerank(self, root: Tensor, budget: int, depth: int) -> Tree:
         """The tree of the ``budget`` best candidates under ``root (batch,)``."""
-        tokens, scores, parents = (torch.cat(part, dim=1) for part in (self.tokens, self.scores, self.parents))
+        if kernels.serve(self.scores[:, None, :1]):
+            from coral_spec.kernels import tree
+
+            pool = self.tokens, self.scores, self.parents
+            tokens, parents, depths, ancestors = tree.rerank(pool, root, budget, depth)
+            return Tree(tokens, parents, depths, ancestors, torch.ones_like(tokens, dtype=torch.bool))
         # The pool is ordered by level, so a stable sort gives ties to the shallower node.
-        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :budget]
+        best = self.scores.sort(dim=1, descending=True, stable=True).indices[:, :budget]
         kept = best.sort(dim=1).values
         batch, device = root.shape[0], root.device
         slots = torch.arange(1, budget + 1, device=device).expand(batch, -1)
         slot_of = torch.zeros(batch, self.size + 1, dtype=torch.long, device=device)
         slot_of.scatter_(1, kept + 1, slots)
-        above = slot_of.gather(1, parents.gather(1, kept) + 1)
+        above = slot_of.gather(1, self.parents.gather(1, kept) + 1)
         zero = torch.zeros(batch, 1, dtype=torch.long, device=device)
         return Tree.build(
-            torch.cat([root[:, None], tokens.gather(1, kept)], dim=1), torch.cat([zero, above], dim=1), depth
+            torch.cat([root[:, None], self.tokens.gather(1, kept)], dim=1), torch.cat([zero, above], dim=1), depth
         )
 
 
@@ -143,13 +213,21 @@ class Acceptance:
 
     Attributes:
         path: slots ``(batch, depth + 1)``, the root first; entries past ``count`` are meaningless.
-        emitted: tokens ``(batch, depth + 1)``: the accepted path and one more draw; valid up to ``count``.
-        count: ``(batch,)``, tokens emitted: accepted draft tokens plus one.
+        packed: ``(batch, 1 + depth + 1)``: ``count`` and ``emitted``, as the host reads them.
     """
 
     path: Tensor
-    emitted: Tensor
-    count: Tensor
+    packed: Tensor
+
+    @property
+    def count(self) -> Tensor:
+        """``(batch,)``, tokens emitted: accepted draft tokens plus one."""
+        return self.packed[:, 0]
+
+    @property
+    def emitted(self) -> Tensor:
+        """Tokens ``(batch, depth + 1)``: the accepted path and one more draw; valid up to ``count``."""
+        return self.packed[:, 1:]
 
 
 def accept(tree: Tree, draws: Tensor, depth: int) -> Acceptance:
@@ -163,6 +241,10 @@ def accept(tree: Tree, draws: Tensor, depth: int) -> Acceptance:
         draws: the target's token at every slot, ``(batch, slots)``.
         depth: levels of the tree at most.
     """
+    if kernels.serve(tree.ancestors):
+        from coral_spec.kernels import tree as launch
+
+        return Acceptance(*launch.accept(tree.tokens, tree.parents, tree.depths, tree.valid, draws, depth))
     matches = (tree.tokens == draws.gather(1, tree.parents)) & tree.valid
     matches[:, 0] = True
     accepted = (~tree.ancestors | matches[:, None, :]).all(dim=-1)
@@ -171,4 +253,4 @@ def accept(tree: Tree, draws: Tensor, depth: int) -> Acceptance:
     column = torch.where(accepted, tree.depths, depth + 1)
     path = torch.zeros(tree.tokens.shape[0], depth + 2, dtype=torch.long, device=draws.device)
     path = path.scatter_(1, column, slots)[:, : depth + 1]
-    return Acceptance(path, draws.gather(1, path), accepted.sum(dim=1))
+    return Acceptance(path, torch.cat([accepted.sum(dim=1, keepdim=True), draws.gather(1, path)], dim=1))

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from coral_spec.layers import Layer, Nodes
 
 MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
-DTYPES = (torch.bfloat16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32, torch.bool)  # the last for the bookkeeping of trees
 
 
 def serve(states: Tensor) -> bool:
     """Whether kernels take ``states (batch, nodes, width)``."""
     return (
-        states.device.type == "cuda"
+        states.is_cuda
         and states.dim() == 3
         and states.shape[0] == 1
         and states.shape[1] <= MAX_ROWS
@@ -68,6 +68,21 @@ def normalise(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     from coral_spec.kernels.linear import norm as launch
 
     return launch(states[0].contiguous(), weight, eps)[None]
+
+
+def top(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens ``(1, nodes, count)``: see `coral_spec.kernels.top.top_log_probs`."""
+    from coral_spec.kernels.top import top_log_probs
+
+    log_probs, tokens = top_log_probs(logits[0].contiguous(), count, ids)
+    return log_probs[None], tokens[None]
+
+
+def largest(logits: Tensor) -> Tensor:
+    """Index of the first largest logit: ``(1, nodes)``."""
+    from coral_spec.kernels.top import largest as launch
+
+    return launch(logits[0].contiguous())[None]
 
 
 def commit(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:

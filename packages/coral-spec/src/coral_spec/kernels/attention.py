@@ -1,9 +1,9 @@
 """Tree attention of one layer: head norms, rotary embedding, cache write and masked attention in one launch.
 
 The filled prefix is read once for all nodes and query heads of a key's head, only as far as it is filled (the length
-is read on the device, so one captured graph serves every length), split over programs; one more program takes the new
-nodes, whose keys it also writes to the cache. The last program of a head to finish joins the partial results in a
-fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al., 2023).
+is read on the device, so one captured graph serves every length), split over programs; the one of the prefix's end
+takes the new nodes too, whose keys it writes to the cache. The last program of a head to finish joins the partial
+results in a fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, positions_ptr, lengths_ptr, ancestors_ptr,
     keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, scale, eps,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, CAST: tl.constexpr,
+    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
     head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
@@ -70,13 +70,15 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     length = tl.load(lengths_ptr)
     width = offset + rows
     d, half = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
-    best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
-    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
-    if split < SPLITS:
-        filled = length + offset
-        low = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else length * 0
-        chunk = tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N) * BLOCK_N
+    filled = length + offset
+    low = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else length * 0
+    # A short prefix takes few programs, since joining their results costs more than it brings.
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N), LEAST_BLOCKS) * BLOCK_N
+    active = tl.maximum(tl.cdiv(filled - low, chunk), 1)
+    if split < active:
+        best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
+        total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+        result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
         begin = low + split * chunk
         end = tl.minimum(begin + chunk, filled)
         for start in range(begin, end, BLOCK_N):
@@ -102,58 +104,64 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 values_ptr + at[:, None] + d[None, :], mask=slot_in[:, None] & (d < SIZE)[None, :], other=0.0
             ).to(dtype)
             best, total, result = _accumulate(scores, seen, value, best, total, result)
-    else:
-        new = tl.arange(0, BLOCK_S)
-        new_in = new < rows
-        new_position = tl.load(positions_ptr + new, mask=new_in, other=0)
-        base = new * stride + (GROUPS * KV_HEADS + head) * SIZE
-        k_first, k_second = _gather_heads(
-            qkv_ptr, base, new_in, new_position, cos_ptr, sin_ptr, key_norm_ptr, eps, SIZE, HALF, NORM
-        )
-        value_mask = new_in[:, None] & (d < SIZE)[None, :]
-        value = tl.load(qkv_ptr + base[:, None] + KV_HEADS * SIZE + d[None, :], mask=value_mask, other=0.0)
-        if block == 0:
-            at = (head * capacity + length + offset + new) * SIZE
-            k_mask = new_in[:, None] & (half < SIZE // 2)[None, :]
-            element = keys_ptr.dtype.element_ty
-            tl.store(keys_ptr + at[:, None] + half[None, :], k_first.to(element), mask=k_mask)
-            tl.store(keys_ptr + at[:, None] + SIZE // 2 + half[None, :], k_second.to(element), mask=k_mask)
-            tl.store(values_ptr + at[:, None] + d[None, :], value, mask=value_mask)
-        scores = tl.dot(q_first, tl.trans(k_first.to(dtype)), input_precision="ieee")
-        scores = tl.dot(q_second, tl.trans(k_second.to(dtype)), scores, input_precision="ieee")
-        pair_in = query_in[:, None] & new_in[None, :]
-        own = tl.load(ancestors_ptr + node[:, None] * width + offset + new[None, :], mask=pair_in, other=0)
-        seen = pair_in & (own != 0)
-        if WINDOW > 0:
-            seen = seen & (position[:, None] - new_position[None, :] < WINDOW)
-        best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
+        if split == active - 1:
+            new = tl.arange(0, BLOCK_S)
+            new_in = new < rows
+            new_position = tl.load(positions_ptr + new, mask=new_in, other=0)
+            base = new * stride + (GROUPS * KV_HEADS + head) * SIZE
+            k_first, k_second = _gather_heads(
+                qkv_ptr, base, new_in, new_position, cos_ptr, sin_ptr, key_norm_ptr, eps, SIZE, HALF, NORM
+            )
+            value_mask = new_in[:, None] & (d < SIZE)[None, :]
+            value = tl.load(qkv_ptr + base[:, None] + KV_HEADS * SIZE + d[None, :], mask=value_mask, other=0.0)
+            if block == 0:
+                at = (head * capacity + filled + new) * SIZE
+                k_mask = new_in[:, None] & (half < SIZE // 2)[None, :]
+                element = keys_ptr.dtype.element_ty
+                tl.store(keys_ptr + at[:, None] + half[None, :], k_first.to(element), mask=k_mask)
+                tl.store(keys_ptr + at[:, None] + SIZE // 2 + half[None, :], k_second.to(element), mask=k_mask)
+                tl.store(values_ptr + at[:, None] + d[None, :], value, mask=value_mask)
+            scores = tl.dot(q_first, tl.trans(k_first.to(dtype)), input_precision="ieee")
+            scores = tl.dot(q_second, tl.trans(k_second.to(dtype)), scores, input_precision="ieee")
+            pair_in = query_in[:, None] & new_in[None, :]
+            own = tl.load(ancestors_ptr + node[:, None] * width + offset + new[None, :], mask=pair_in, other=0)
+            seen = pair_in & (own != 0)
+            if WINDOW > 0:
+                seen = seen & (position[:, None] - new_position[None, :] < WINDOW)
+            best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
 
-    pair = head * blocks + block
-    lane = tl.arange(0, BLOCK_Q)
-    part = (pair * (SPLITS + 1) + split) * BLOCK_Q
-    tl.store(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], result)
-    tl.store(stats_ptr + 2 * part + lane, best)
-    tl.store(stats_ptr + 2 * part + BLOCK_Q + lane, total)
-    tl.debug_barrier()  # all of this program's stores come before its count
-    if tl.atomic_add(counter_ptr + pair, 1) == SPLITS:
-        best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
-        total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-        result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
-        for one in range(SPLITS + 1):
-            part = (pair * (SPLITS + 1) + one) * BLOCK_Q
-            its_best = tl.load(stats_ptr + 2 * part + lane, cache_modifier=".cg")
-            its_total = tl.load(stats_ptr + 2 * part + BLOCK_Q + lane, cache_modifier=".cg")
-            its_result = tl.load(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], cache_modifier=".cg")
-            higher = tl.maximum(best, its_best)
-            mine, its = tl.exp2(best - higher), tl.exp2(its_best - higher)
-            total = total * mine + its_total * its
-            result = result * mine[:, None] + its_result * its[:, None]
-            best = higher
-        result = result / total[:, None]
-        out_at = (node * (GROUPS * KV_HEADS) + own_head) * SIZE
-        out_mask = query_in[:, None] & (d < SIZE)[None, :]
-        tl.store(out_ptr + out_at[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
-        tl.store(counter_ptr + pair, 0)  # ready for the next launch
+        pair = head * blocks + block
+        lane = tl.arange(0, BLOCK_Q)
+        complete = active == 1
+        if active > 1:
+            part = (pair * SPLITS + split) * BLOCK_Q
+            tl.store(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], result)
+            tl.store(stats_ptr + 2 * part + lane, best)
+            tl.store(stats_ptr + 2 * part + BLOCK_Q + lane, total)
+            tl.debug_barrier()  # all of this program's stores come before its count
+            if tl.atomic_add(counter_ptr + pair, 1) == active - 1:
+                best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
+                total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+                result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
+                for one in range(active):
+                    part = (pair * SPLITS + one) * BLOCK_Q
+                    its_best = tl.load(stats_ptr + 2 * part + lane, cache_modifier=".cg")
+                    its_total = tl.load(stats_ptr + 2 * part + BLOCK_Q + lane, cache_modifier=".cg")
+                    its_result = tl.load(
+                        part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], cache_modifier=".cg"
+                    )
+                    higher = tl.maximum(best, its_best)
+                    mine, its = tl.exp2(best - higher), tl.exp2(its_best - higher)
+                    total = total * mine + its_total * its
+                    result = result * mine[:, None] + its_result * its[:, None]
+                    best = higher
+                tl.store(counter_ptr + pair, 0)  # ready for the next launch
+                complete = active > 1
+        if complete:
+            result = result / tl.where(total > 0.0, total, 1.0)[:, None]
+            out_at = (node * (GROUPS * KV_HEADS) + own_head) * SIZE
+            out_mask = query_in[:, None] & (d < SIZE)[None, :]
+            tl.store(out_ptr + out_at[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def attend(
@@ -174,6 +182,7 @@ def attend(
     key_norm: Tensor | None = None,
     eps: float = 0.0,
     splits: int | None = None,
+    least_blocks: int = 2,
     cast: bool = False,
 ) -> Tensor:
     """Attended heads ``(nodes, heads * head_dim)``; the nodes' keys and values are written to the cache.
@@ -190,7 +199,8 @@ def attend(
         scaling: of the scores.
         window: a query sees keys fewer than this many positions back.
         query_norm, key_norm, eps: head norms, fp32 weights ``(head_dim,)``.
-        splits: programs over the cached part; by the capacity when None.
+        splits: most programs over a head's prefix; by the capacity when None.
+        least_blocks: blocks of keys (32 or 64) that a program takes at least.
         cast: multiply in fp32, as Triton's interpreter must.
     """
     kv_heads, capacity, size = keys.shape[1:]
@@ -203,14 +213,14 @@ def attend(
     if splits is None:
         splits = 8 if capacity <= 2048 else 16 if capacity <= 8192 else 32
     device = qkv.device
-    part = torch.empty(kv_heads * blocks * (splits + 1), block_q, 2 * half, dtype=torch.float32, device=device)
-    stats = torch.empty(kv_heads * blocks * (splits + 1), 2, block_q, dtype=torch.float32, device=device)
+    part = torch.empty(kv_heads * blocks * splits, block_q, 2 * half, dtype=torch.float32, device=device)
+    stats = torch.empty(kv_heads * blocks * splits, 2, block_q, dtype=torch.float32, device=device)
     out = torch.empty(nodes, heads * size, dtype=qkv.dtype, device=device)
-    _attention_kernel[(kv_heads, splits + 1, blocks)](
+    _attention_kernel[(kv_heads, splits, blocks)](
         qkv, cos, sin, query_norm, key_norm, positions, lengths, ancestors.view(torch.uint8),
         keys, values, part, stats, counter, out, nodes, offset, capacity, scaling * 1.4426950408889634, eps,
         GROUPS=groups, KV_HEADS=kv_heads, SIZE=size, HALF=half, WINDOW=window or 0,
-        NORM=query_norm is not None, TREE=offset > 0, SPLITS=splits, BLOCK_Q=block_q,
+        NORM=query_norm is not None, TREE=offset > 0, SPLITS=splits, LEAST_BLOCKS=least_blocks, BLOCK_Q=block_q,
         BLOCK_N=32 if half > 64 or qkv.dtype == torch.float32 else 64,
         BLOCK_S=max(16, triton.next_power_of_2(nodes)), CAST=cast,
         num_warps=4, num_stages=2,

@@ -7,6 +7,8 @@ row's size, summed along the walk, divides the result. Ours.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -69,6 +71,51 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _row_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, w_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, outputs, width, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same for one row: no matrix unit, so all threads share the walk along the width."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_in = column < outputs
+    sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_K], dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        k_in = k < width
+        weight_at = column[:, None].to(tl.int64) * width + k[None, :]
+        weight_in = k_in[None, :] & column_in[:, None]
+        w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0, eviction_policy="evict_first")
+        if GATED:
+            u = tl.load(
+                w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+        x = tl.load(x_ptr + k, mask=k_in, other=0.0).to(tl.float32)
+        if NORM:
+            squares += x * x
+            x *= tl.load(norm_ptr + k, mask=k_in, other=0.0)
+        sums += w.to(tl.float32) * x[None, :]
+        if GATED:
+            ups += u.to(tl.float32) * x[None, :]
+    result = tl.sum(sums, axis=1)
+    up = tl.sum(ups, axis=1) if GATED else result
+    if NORM:
+        scale = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
+        result *= scale
+        up *= scale
+    if BIAS:
+        result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+    if GATED:
+        result = _activate(result, GELU) * up
+    if RESIDUAL:
+        result += tl.load(residual_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+    tl.store(out_ptr + column, result.to(out_ptr.dtype.element_ty), mask=column_in)
+
+
+@triton.jit
 def _norm_kernel(x_ptr, add_ptr, norm_ptr, out_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
@@ -91,6 +138,7 @@ def linear(
     residual: Tensor | None = None,
     activation: str | None = None,
     cast: bool = False,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """``norm(states) @ weight.T``, and what comes before and behind it.
 
@@ -102,6 +150,7 @@ def linear(
         residual: ``(rows, outputs)``, added.
         activation: ``silu`` or ``gelu_pytorch_tanh``: the result is ``activation(gate) * up``.
         cast: multiply in fp32, as Triton's interpreter must.
+        tiles: chosen by the sizes when None.
 
     Returns:
         ``(rows, outputs)`` in the states' dtype.
@@ -109,19 +158,44 @@ def linear(
     rows, width = states.shape
     outputs = weight.shape[0] // (2 if activation else 1)
     out = torch.empty(rows, outputs, dtype=states.dtype, device=states.device)
-    block_r = max(16, triton.next_power_of_2(rows))
-    # Enough programs to fill the machine, each with a long run of the weight in flight.
-    block_n = 16 if outputs <= 4096 else 64
-    wide = states.dtype == torch.float32 or cast
-    block_k = 32 if wide else 64 if block_n == 64 or block_r == 64 else 128
-    _linear_kernel[(triton.cdiv(outputs, block_n),)](
-        states, weight, bias, norm, residual, out, rows, outputs, width, eps,
-        NORM=norm is not None, BIAS=bias is not None, RESIDUAL=residual is not None,
-        GATED=activation is not None, GELU=activation == "gelu_pytorch_tanh",
-        BLOCK_R=block_r, BLOCK_N=block_n, BLOCK_K=block_k, CAST=cast,
-        num_warps=4, num_stages=2 if wide else 4,
-    )  # fmt: skip
+    flags = {
+        "NORM": norm is not None,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "GATED": activation is not None,
+        "GELU": activation == "gelu_pytorch_tanh",
+    }
+    tiles = tiles or choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
+    grid = (triton.cdiv(outputs, tiles.outputs),)
+    sizes = {"BLOCK_N": tiles.outputs, "BLOCK_K": tiles.width, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    pointers = states, weight, bias, norm, residual, out
+    if rows == 1:
+        _row_kernel[grid](*pointers, outputs, width, eps, **flags, **sizes)
+    else:
+        block_r = max(16, triton.next_power_of_2(rows))
+        _linear_kernel[grid](*pointers, rows, outputs, width, eps, **flags, **sizes, BLOCK_R=block_r, CAST=cast)
     return out
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program of a product takes: output columns, its step along the width, warps, and loads in flight."""
+
+    outputs: int
+    width: int
+    warps: int
+    stages: int
+
+
+def choose_tiles(rows: int, outputs: int, width: int, wide: bool) -> Tiles:
+    """Tiles that measured well on an H100 (`benchmarks/linear_tiles.py`); ``wide``: products in fp32."""
+    if rows == 1:
+        return Tiles(4 if outputs <= 8192 else 8, min(1024, triton.next_power_of_2(width)), 4, 1)
+    if wide:
+        return Tiles(16, 32, 4, 2)
+    if outputs > 8192:
+        return Tiles(64, 64, 4, 4)
+    return Tiles(16, 64 if rows > 32 else 128, 4, 4)
 
 
 def norm(states: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
