@@ -51,11 +51,13 @@ def launches(name: str, rows: int, tiles: Tiles | None, weights: list[torch.Tens
     outputs, width, norm, residual, gated = SHAPES[name]
     like = weights[0]
     states = torch.randn(rows, width, device=like.device).to(like.dtype)
-    scale = torch.ones(width, device=like.device) if norm else None
+    squares = torch.ones(width // 16, rows, device=like.device) if norm else None
+    scale = torch.ones(outputs, device=like.device) if residual else None
     extra = torch.randn(rows, outputs, device=like.device).to(like.dtype) if residual else None
     if tiles is None:
         return [lambda w=w: torch.nn.functional.linear(states, w) for w in weights]
-    options: dict[str, Any] = {"norm": scale, "eps": 1e-5, "residual": extra, "activation": "silu" if gated else None}
+    options: dict[str, Any] = {"squares": squares, "eps": 1e-5, "residual": extra, "next_norm": scale}
+    options["activation"] = "silu" if gated else None
     return [lambda w=w: linear(states, w, tiles=tiles, cast=like.device.type == "cpu", **options) for w in weights]
 
 

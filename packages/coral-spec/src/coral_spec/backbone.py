@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from coral_spec.cache import StaticCache, cache_argument
-from coral_spec.layers import Layer, Nodes, recognise
+from coral_spec.layers import Layer, Nodes, recognise, run
 from coral_spec.masks import additive, chain_ancestors, visibility, within_window
 from coral_spec.packing import packed
 from expkit.errors import UsageError
@@ -97,10 +97,8 @@ class Backbone:
         positions = positions.clamp(max=self.context_length - 1)
         if self.layers:
             nodes = Nodes(positions, ancestors, lengths, 0, slots, keys, self.target.dtype)
-            states = self.embed(tokens)
-            for index, layer in enumerate(self.layers):
-                states = layer(states, nodes, cache.store(index))
-            return self._final_norm(states)
+            stores = [cache.store(index) for index in range(len(self.layers))]
+            return run(self.layers, self._final_norm, self.embed(tokens), nodes, stores)
         cache.aim(slots, keys)
         visible = visibility(ancestors, lengths, keys)
         output = self.decoder(

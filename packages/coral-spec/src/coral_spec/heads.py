@@ -32,7 +32,7 @@ class ProposalHead(Protocol):
 
 def _top_log_probs(logits: Tensor, count: int, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if kernels.serve(logits) and count <= kernels.MAX_ROWS:
-        return kernels.top(logits, count, ids)
+        return kernels.best(logits, count, ids)
     best = logits.topk(count, dim=-1)
     tokens = best.indices if ids is None else ids[best.indices]
     return best.values.float() - logits.float().logsumexp(dim=-1, keepdim=True), tokens

@@ -46,8 +46,6 @@ class Norm:
 
     def __call__(self, states: Tensor) -> Tensor:
         """``(..., width)`` to the same, in the states' dtype."""
-        if kernels.serve(states):
-            return kernels.normalise(states, self.weight, self.eps)
         wide = states.to(torch.float32, copy=True)
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         # torch's own rms_norm is made of more operations than these on a CPU
@@ -219,16 +217,28 @@ class Layer:
 
     def __call__(self, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
         """``(batch, nodes, width)`` to the same; keys and values of the nodes are written to ``store``."""
-        if kernels.serve(states):
-            return kernels.decoder_layer(self, states, nodes, store)
-        return self.reference(states, nodes, store)
-
-    def reference(self, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
-        """The same in torch's own operations, for any device and batch."""
         attended = self.attention(_normed(self.input_norm, states), nodes, store)
         states = states + _normed(self.attention_norm, self.attention.out(attended))
         gate, up = self.gate_up(self.mlp_norm(states)).chunk(2, dim=-1)
         return states + _normed(self.output_norm, self.down(ACTIVATIONS[self.activation](gate) * up))
+
+
+def run(
+    layers: Sequence[Layer], final: Norm | None, states: Tensor, nodes: Nodes, stores: Sequence[SlotStore]
+) -> Tensor:
+    """Layers one after another, and the norm behind them: ``(batch, nodes, width)`` to the same.
+
+    Args:
+        layers, stores: each layer with its keys and values.
+        final: None leaves the states as they are.
+        states: the nodes' embeddings.
+        nodes: where they stand and what they see.
+    """
+    if kernels.serve(states):
+        return kernels.decode(layers, final, states, nodes, stores)
+    for layer, store in zip(layers, stores, strict=True):
+        states = layer(states, nodes, store)
+    return _normed(final, states)
 
 
 def _normed(norm: Norm | None, states: Tensor) -> Tensor:
@@ -291,7 +301,7 @@ class FusedDrafter:
 
     def __call__(self, embeddings: Tensor, features: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
         """Predicted features: see `coral_spec.drafter.Drafter.forward`."""
-        return self.layer(self.fc(torch.cat([embeddings, features], dim=-1)), nodes, store)
+        return run([self.layer], None, self.fc(torch.cat([embeddings, features], dim=-1)), nodes, [store])
 
 
 class _Unknown(Exception):

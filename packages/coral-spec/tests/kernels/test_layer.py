@@ -50,7 +50,7 @@ def some_nodes(count: int, offset: int, length: int, dtype: torch.dtype) -> Node
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(("count", "offset", "length"), [(1, 0, 0), (1, 0, 37), (7, 0, 37), (5, 3, 40), (17, 0, 70)])
 def test_a_layer_computes_what_its_reference_does(architecture, count, offset, length):
-    from coral_spec.kernels.layer import run_layer
+    from coral_spec.kernels.layer import run_layers
 
     for layer in layers_of(architecture):
         if offset and layer.attention.window:
@@ -58,8 +58,8 @@ def test_a_layer_computes_what_its_reference_does(architecture, count, offset, l
         nodes = some_nodes(count, offset, length, torch.float32)
         states = torch.randn(1, count, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
         ours, theirs = filled_store(layer, torch.float32), filled_store(layer, torch.float32)
-        found = run_layer(layer, states, nodes, ours)
-        expected = layer.reference(states, nodes, theirs)
+        found = run_layers([layer], None, states, nodes, [ours])
+        expected = layer(states, nodes, theirs)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours.values, theirs.values)
@@ -71,17 +71,15 @@ def test_a_layer_computes_what_its_reference_does(architecture, count, offset, l
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("count", [1, 7, 61])
 def test_in_bf16_a_layer_is_as_near_to_fp32_as_its_reference(architecture, count):
-    from coral_spec.kernels.layer import run_layer
+    from coral_spec.kernels.layer import run_layers
 
     dtype = torch.bfloat16
     for layer, exact in zip(layers_of(architecture, dtype), layers_of(architecture), strict=True):
         states = torch.randn(1, count, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
         nodes = some_nodes(count, 0, 37, dtype)
-        truth = exact.reference(
-            states.float(), some_nodes(count, 0, 37, torch.float32), filled_store(exact, torch.float32)
-        )
-        found = run_layer(layer, states, nodes, filled_store(layer, dtype)).float()
-        reference = layer.reference(states, nodes, filled_store(layer, dtype)).float()
+        truth = exact(states.float(), some_nodes(count, 0, 37, torch.float32), filled_store(exact, torch.float32))
+        found = run_layers([layer], None, states, nodes, [filled_store(layer, dtype)]).float()
+        reference = layer(states, nodes, filled_store(layer, dtype)).float()
         assert (found - truth).norm() < 1.5 * (reference - truth).norm() + 1e-3 * truth.norm()
 
 
@@ -91,7 +89,7 @@ def test_a_prefix_may_be_split_over_any_number_of_programs(count, window):
     from coral_spec.kernels.attention import attend
 
     generator = torch.Generator().manual_seed(0)
-    nodes, heads, kv_heads, size, capacity, length = some_nodes(count, 0, 300, torch.float32), 4, 2, 16, 512, 300
+    nodes, heads, kv_heads, size, capacity = some_nodes(count, 0, 300, torch.float32), 4, 2, 16, 512
     qkv = torch.randn(count, (heads + 2 * kv_heads) * size, generator=generator).to(DEVICE)
     angles = torch.rand(capacity, size, generator=generator).to(DEVICE)
     keys, values = (torch.randn(1, kv_heads, capacity, size, generator=generator).to(DEVICE) for _ in range(2))

@@ -81,7 +81,7 @@ def test_padding_is_never_followed():
 
 
 def test_a_path_is_moved_in_every_buffer_without_reading_what_it_wrote():
-    from coral_spec.kernels.cache import move
+    from coral_spec.kernels.slots import move
 
     buffers = [torch.randn(1, 2, 40, 8, device=DEVICE) for _ in range(3)]
     before = [each.clone() for each in buffers]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from coral_spec.cache import SlotStore
-    from coral_spec.layers import Layer, Nodes
+    from coral_spec.layers import Layer, Nodes, Norm
 
 MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
 DTYPES = (torch.bfloat16, torch.float32, torch.bool)  # the last for the bookkeeping of trees
@@ -49,28 +50,23 @@ def available(device: torch.device) -> bool:
     return False
 
 
-def decoder_layer(layer: Layer, states: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
-    """See `coral_spec.kernels.layer.run_layer`; for states that are served."""
-    from coral_spec.kernels.layer import run_layer
+def decode(
+    layers: Sequence[Layer], final: Norm | None, states: Tensor, nodes: Nodes, stores: Sequence[SlotStore]
+) -> Tensor:
+    """See `coral_spec.layers.run`; for states that are served."""
+    from coral_spec.kernels.layer import run_layers
 
-    return run_layer(layer, states, nodes, store)
+    return run_layers(layers, final, states, nodes, stores)
 
 
 def project(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``states (1, nodes, width)`` by ``weight (outputs, width)``."""
-    from coral_spec.kernels.linear import linear as launch
+    from coral_spec.kernels.linear import linear
 
-    return launch(states[0].contiguous(), weight, bias=bias)[None]
-
-
-def normalise(states: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm of ``states (1, nodes, width)``."""
-    from coral_spec.kernels.linear import norm as launch
-
-    return launch(states[0].contiguous(), weight, eps)[None]
+    return linear(states[0].contiguous(), weight, bias=bias).states[None]
 
 
-def top(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+def best(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probabilities and tokens ``(1, nodes, count)``: see `coral_spec.kernels.top.top_log_probs`."""
     from coral_spec.kernels.top import top_log_probs
 
@@ -86,7 +82,7 @@ def largest(logits: Tensor) -> Tensor:
 
 
 def commit(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
-    """Commit ``path (count,)`` in all buffers: see `coral_spec.kernels.cache.move`."""
-    from coral_spec.kernels.cache import move as launch
+    """Commit ``path (count,)`` in all buffers: see `coral_spec.kernels.slots.move`."""
+    from coral_spec.kernels.slots import move as launch
 
     launch(addresses, like, lengths, path)

@@ -3,7 +3,8 @@
 The filled prefix is read once for all nodes and query heads of a key's head, only as far as it is filled (the length
 is read on the device, so one captured graph serves every length), split over programs; the one of the prefix's end
 takes the new nodes too, whose keys it writes to the cache. The last program of a head to finish joins the partial
-results in a fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al., 2023).
+results in a fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al.,
+2023).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         SIZE, HALF, NORM,
     )  # fmt: skip
     q_first, q_second = (q_first * scale).to(dtype), (q_second * scale).to(dtype)
-    length = tl.load(lengths_ptr)
+    length = tl.load(lengths_ptr).to(tl.int32)
     width = offset + rows
     d, half = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
     filled = length + offset
@@ -144,16 +145,16 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 total = tl.zeros([BLOCK_Q], dtype=tl.float32)
                 result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
                 for one in range(active):
-                    part = (pair * SPLITS + one) * BLOCK_Q
-                    its_best = tl.load(stats_ptr + 2 * part + lane, cache_modifier=".cg")
-                    its_total = tl.load(stats_ptr + 2 * part + BLOCK_Q + lane, cache_modifier=".cg")
+                    its = (pair * SPLITS + one) * BLOCK_Q
+                    its_best = tl.load(stats_ptr + 2 * its + lane, cache_modifier=".cg")
+                    its_total = tl.load(stats_ptr + 2 * its + BLOCK_Q + lane, cache_modifier=".cg")
                     its_result = tl.load(
-                        part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], cache_modifier=".cg"
+                        part_ptr + (its + lane)[:, None] * (2 * HALF) + d[None, :], cache_modifier=".cg"
                     )
                     higher = tl.maximum(best, its_best)
-                    mine, its = tl.exp2(best - higher), tl.exp2(its_best - higher)
-                    total = total * mine + its_total * its
-                    result = result * mine[:, None] + its_result * its[:, None]
+                    mine, theirs = tl.exp2(best - higher), tl.exp2(its_best - higher)
+                    total = total * mine + its_total * theirs
+                    result = result * mine[:, None] + its_result * theirs[:, None]
                     best = higher
                 tl.store(counter_ptr + pair, 0)  # ready for the next launch
                 complete = active > 1

@@ -1,18 +1,34 @@
 """Products of a few rows with a large weight: bound by reading the weight once. Norm, gate and residual are fused in.
 
 Each program owns some output columns for all rows and walks along the width; the weight is read exactly once, the
-rows come from the cache. The norm needs no pass of its own: its weight multiplies the row on the way in, and the
-row's size, summed along the walk, divides the result. Ours.
+rows come from the cache. A norm between two products costs no launch of its own: the first product also writes its
+rows multiplied by the norm's weight, and the sums of squares of its own columns; the second multiplies those rows and
+divides its result by their size. Ours.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Rows on their way through a decoder.
+
+    Attributes:
+        states: ``(rows, width)``.
+        scaled: the states times the weight of the norm that comes next; None when none does.
+        squares: sums of squares ``(parts, rows)`` fp32, which add up to those of the whole rows.
+    """
+
+    states: Tensor
+    scaled: Tensor | None = None
+    squares: Tensor | None = None
 
 
 @triton.jit
@@ -24,17 +40,30 @@ def _activate(gate, GELU: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One over the root mean square of every row."""
+    part = tl.arange(0, BLOCK_P)
+    total = tl.zeros(row.shape, dtype=tl.float32)
+    for first in range(0, parts, BLOCK_P):
+        at = (first + part)[:, None] * rows + row[None, :]
+        inside = (first + part < parts)[:, None] & (row < rows)[None, :]
+        total += tl.sum(tl.load(squares_ptr + at, mask=inside, other=0.0), axis=0)
+    return tl.rsqrt(total / width + eps)
+
+
+@triton.jit
 def _linear_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, rows, outputs, width, eps,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, CAST: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
+    rows, outputs, width, parts, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    CAST: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_R)
     row_in, column_in = row < rows, column < outputs
     result = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_R], dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_in = k < width
@@ -42,23 +71,18 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         weight_at = column[None, :].to(tl.int64) * width + k[:, None]
         weight_in = k_in[:, None] & column_in[None, :]
         w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0)
-        if NORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, axis=1)
-            scaled = wide * tl.load(norm_ptr + k, mask=k_in, other=0.0)[None, :]
-            x = scaled.to(x_ptr.dtype.element_ty)
         if CAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
         result = tl.dot(x, w, result, input_precision="ieee")
         if GATED:
-            w = tl.load(w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0)
+            u = tl.load(w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0)
             if CAST:
-                w = w.to(tl.float32)
-            up = tl.dot(x, w, up, input_precision="ieee")
+                u = u.to(tl.float32)
+            up = tl.dot(x, u, up, input_precision="ieee")
     if NORM:
-        scale = tl.rsqrt(squares / width + eps)[:, None]
-        result *= scale
-        up *= scale
+        size = _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P)[:, None]
+        result *= size
+        up *= size
     if BIAS:
         result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)[None, :]
     if GATED:
@@ -67,114 +91,88 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     inside = row_in[:, None] & column_in[None, :]
     if RESIDUAL:
         result += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), mask=inside)
+    element = out_ptr.dtype.element_ty
+    tl.store(out_ptr + at, result.to(element), mask=inside)
+    if NEXT:
+        stored = result.to(element).to(tl.float32)
+        scaled = stored * tl.load(next_ptr + column, mask=column_in, other=0.0)[None, :]
+        tl.store(scaled_ptr + at, scaled.to(element), mask=inside)
+        sums = tl.sum(tl.where(inside, stored * stored, 0.0), axis=1)
+        tl.store(sums_ptr + tl.program_id(0) * rows + row, sums, mask=row_in)
 
 
 @triton.jit
 def _row_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, w_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr, outputs, width, eps,
-    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, GELU: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
+    outputs, width, parts, eps,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The same for one row: no matrix unit, so all threads share the walk along the width."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = column < outputs
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    squares = tl.zeros([BLOCK_K], dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_in = k < width
         weight_at = column[:, None].to(tl.int64) * width + k[None, :]
         weight_in = k_in[None, :] & column_in[:, None]
-        w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0, eviction_policy="evict_first")
+        w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0)
         if GATED:
-            u = tl.load(
-                w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
+            u = tl.load(w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0)
         x = tl.load(x_ptr + k, mask=k_in, other=0.0).to(tl.float32)
-        if NORM:
-            squares += x * x
-            x *= tl.load(norm_ptr + k, mask=k_in, other=0.0)
         sums += w.to(tl.float32) * x[None, :]
         if GATED:
             ups += u.to(tl.float32) * x[None, :]
     result = tl.sum(sums, axis=1)
     up = tl.sum(ups, axis=1) if GATED else result
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, axis=0) / width + eps)
-        result *= scale
-        up *= scale
+        part = tl.arange(0, BLOCK_P)
+        total = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for first in range(0, parts, BLOCK_P):
+            total += tl.load(squares_ptr + first + part, mask=first + part < parts, other=0.0)
+        size = tl.rsqrt(tl.sum(total, axis=0) / width + eps)
+        result *= size
+        up *= size
     if BIAS:
         result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
     if GATED:
         result = _activate(result, GELU) * up
     if RESIDUAL:
         result += tl.load(residual_ptr + column, mask=column_in, other=0.0).to(tl.float32)
-    tl.store(out_ptr + column, result.to(out_ptr.dtype.element_ty), mask=column_in)
+    element = out_ptr.dtype.element_ty
+    tl.store(out_ptr + column, result.to(element), mask=column_in)
+    if NEXT:
+        stored = result.to(element).to(tl.float32)
+        scaled = stored * tl.load(next_ptr + column, mask=column_in, other=0.0)
+        tl.store(scaled_ptr + column, scaled.to(element), mask=column_in)
+        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(column_in, stored * stored, 0.0), axis=0))
 
 
 @triton.jit
-def _norm_kernel(x_ptr, add_ptr, norm_ptr, out_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _norm_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, add_ptr, norm_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr, width, eps,
+    NORM: tl.constexpr, ADD: tl.constexpr, NEXT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < width
-    x = tl.load(x_ptr + row * width + k, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(norm_ptr + k, mask=inside, other=0.0)
-    normed = (x * tl.rsqrt(tl.sum(x * x) / width + eps) * weight).to(out_ptr.dtype.element_ty)
+    element = out_ptr.dtype.element_ty
+    result = tl.load(x_ptr + row * width + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        weight = tl.load(norm_ptr + k, mask=inside, other=0.0)
+        result = result * tl.rsqrt(tl.sum(result * result, axis=0) / width + eps) * weight
     if ADD:
-        normed = normed.to(tl.float32) + tl.load(add_ptr + row * width + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + k, normed.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def linear(
-    states: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    cast: bool = False,
-    tiles: Tiles | None = None,
-) -> Tensor:
-    """``norm(states) @ weight.T``, and what comes before and behind it.
-
-    Args:
-        states: contiguous ``(rows, width)``, at most 64 rows.
-        weight: contiguous ``(outputs, width)``; with ``activation``, gate and up ``(2 * outputs, width)``.
-        bias: ``(outputs,)``.
-        norm, eps: weight ``(width,)`` in fp32 and epsilon of a root mean square norm.
-        residual: ``(rows, outputs)``, added.
-        activation: ``silu`` or ``gelu_pytorch_tanh``: the result is ``activation(gate) * up``.
-        cast: multiply in fp32, as Triton's interpreter must.
-        tiles: chosen by the sizes when None.
-
-    Returns:
-        ``(rows, outputs)`` in the states' dtype.
-    """
-    rows, width = states.shape
-    outputs = weight.shape[0] // (2 if activation else 1)
-    out = torch.empty(rows, outputs, dtype=states.dtype, device=states.device)
-    flags = {
-        "NORM": norm is not None,
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
-        "GATED": activation is not None,
-        "GELU": activation == "gelu_pytorch_tanh",
-    }
-    tiles = tiles or choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
-    grid = (triton.cdiv(outputs, tiles.outputs),)
-    sizes = {"BLOCK_N": tiles.outputs, "BLOCK_K": tiles.width, "num_warps": tiles.warps, "num_stages": tiles.stages}
-    pointers = states, weight, bias, norm, residual, out
-    if rows == 1:
-        _row_kernel[grid](*pointers, outputs, width, eps, **flags, **sizes)
-    else:
-        block_r = max(16, triton.next_power_of_2(rows))
-        _linear_kernel[grid](*pointers, rows, outputs, width, eps, **flags, **sizes, BLOCK_R=block_r, CAST=cast)
-    return out
+        result = result.to(element).to(tl.float32)
+        result += tl.load(add_ptr + row * width + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM or ADD:
+        tl.store(out_ptr + row * width + k, result.to(element), mask=inside)
+    if NEXT:
+        stored = result.to(element).to(tl.float32)
+        scaled = stored * tl.load(next_ptr + k, mask=inside, other=0.0)
+        tl.store(scaled_ptr + row * width + k, scaled.to(element), mask=inside)
+        tl.store(sums_ptr + row, tl.sum(stored * stored, axis=0))
 
 
 @dataclass(frozen=True)
@@ -190,19 +188,101 @@ class Tiles:
 def choose_tiles(rows: int, outputs: int, width: int, wide: bool) -> Tiles:
     """Tiles that measured well on an H100 (`benchmarks/linear_tiles.py`); ``wide``: products in fp32."""
     if rows == 1:
-        return Tiles(4 if outputs <= 8192 else 8, min(1024, triton.next_power_of_2(width)), 4, 1)
+        return Tiles(4, 1024, 4, 1) if outputs <= 4096 else Tiles(4 if outputs > 16384 else 8, 256, 4, 1)
     if wide:
         return Tiles(16, 32, 4, 2)
-    if outputs > 8192:
-        return Tiles(64, 64, 4, 4)
-    return Tiles(16, 64 if rows > 32 else 128, 4, 4)
+    if outputs > 16384:
+        return Tiles(64, 64, 8 if rows > 32 else 4, 4 if rows > 32 else 3)
+    if outputs > 4096:
+        return Tiles(64, 128, 4, 4)
+    if width > 1024:
+        return Tiles(16, 256, 2 if rows <= 16 else 4, 4)
+    return Tiles(16, 64, 2 if rows <= 16 else 4, 4)
 
 
-def norm(states: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """Root mean square norm of ``states (rows, width)``, added to ``residual`` if there is one."""
+def linear(
+    states: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    squares: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    next_norm: Tensor | None = None,
+    cast: bool = False,
+    tiles: Tiles | None = None,
+) -> Rows:
+    """``states @ weight.T``, and what comes before and behind it.
+
+    Args:
+        states: contiguous ``(rows, width)``, at most 64 rows.
+        weight: contiguous ``(outputs, width)``; with ``activation``, gate and up ``(2 * outputs, width)``.
+        bias: ``(outputs,)``.
+        squares, eps: of :class:`Rows`, when ``states`` are rows scaled for a norm with this epsilon.
+        residual: ``(rows, outputs)``, added.
+        activation: ``silu`` or ``gelu_pytorch_tanh``: the result is ``activation(gate) * up``.
+        next_norm: fp32 weight ``(outputs,)`` of the norm that comes next.
+        cast: multiply in fp32, as Triton's interpreter must.
+        tiles: chosen by the sizes when None.
+
+    Returns:
+        ``(rows, outputs)`` in the states' dtype, scaled for ``next_norm`` too.
+    """
     rows, width = states.shape
-    out = torch.empty_like(states)
-    _norm_kernel[(rows,)](
-        states, residual, weight, out, width, eps, ADD=residual is not None, BLOCK=triton.next_power_of_2(width)
-    )
+    outputs = weight.shape[0] // (2 if activation else 1)
+    tiles = tiles or choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
+    programs = triton.cdiv(outputs, tiles.outputs)
+    out = _room(states, outputs, programs, next_norm is not None)
+    flags = {
+        "NORM": squares is not None,
+        "BIAS": bias is not None,
+        "RESIDUAL": residual is not None,
+        "NEXT": next_norm is not None,
+        "GATED": activation is not None,
+        "GELU": activation == "gelu_pytorch_tanh",
+    }
+    parts = 1 if squares is None else squares.shape[0]
+    sizes = {"BLOCK_N": tiles.outputs, "BLOCK_K": tiles.width, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    pointers = states, weight, bias, squares, residual, next_norm, *out
+    if rows == 1:
+        _row_kernel[(programs,)](*pointers, outputs, width, parts, eps, **flags, **sizes, BLOCK_P=256)
+    else:
+        block_r = max(16, triton.next_power_of_2(rows))
+        _linear_kernel[(programs,)](
+            *pointers, rows, outputs, width, parts, eps, **flags, **sizes, BLOCK_R=block_r, BLOCK_P=32, CAST=cast
+        )
     return out
+
+
+def normed(
+    states: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    *,
+    residual: Tensor | None = None,
+    next_norm: Tensor | None = None,
+) -> Rows:
+    """Root mean square norm of ``states (rows, width)``, added to ``residual``, and scaled for the next norm.
+
+    Without ``norm`` and ``residual`` the states are only scaled.
+    """
+    rows, width = states.shape
+    out = _room(states, width, 1, next_norm is not None)
+    if norm is None and residual is None:
+        out = out._replace(states=states)
+    _norm_kernel[(rows,)](
+        states, residual, norm, next_norm, *out, width, eps,
+        NORM=norm is not None, ADD=residual is not None, NEXT=next_norm is not None,
+        BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return out
+
+
+def _room(states: Tensor, outputs: int, parts: int, scaled: bool) -> Rows:
+    rows = states.shape[0]
+    out = torch.empty(rows, outputs, dtype=states.dtype, device=states.device)
+    if not scaled:
+        return Rows(out)
+    squares = torch.empty(parts, rows, dtype=torch.float32, device=states.device)
+    return Rows(out, torch.empty_like(out), squares)
