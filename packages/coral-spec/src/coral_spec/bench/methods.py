@@ -1,8 +1,8 @@
 """The ways of decoding that are measured, behind one call.
 
-`hf` and `prompt-lookup` are transformers' own `generate` on the same weights with its own dynamic cache; all others
-are our engine: `ar` without drafting, `ngram`, `coral` (the bundled drafter), `auto`, and `NAME=FOLDER` for any
-drafter.
+`hf` and `prompt-lookup` are transformers' own `generate` on the same weights with its own dynamic cache, and
+`hf-compiled` is `hf` with its static cache, which it compiles on a GPU. All others are our engine: `ar` without
+drafting, `ngram`, `coral` (the bundled drafter), `auto`, and `NAME=FOLDER` for any drafter.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from coral_spec.targets import Target
     from coral_spec.tree import TreeShape
 
-BASELINES = ("ar", "hf")
+BASELINES = ("ar", "hf-compiled", "hf")
 # name -> what `coral_spec.load` calls the draft
 ENGINE_DRAFTS = {"ar": "none", "ngram": "ngram", "auto": "auto"}
-HF_LOOKUP = {"hf": 0, "prompt-lookup": 10}
-METHODS = ("hf", "ar", "prompt-lookup", "ngram", "coral", "auto")
+# name -> tokens looked up, and whether the cache is static
+TRANSFORMERS = {"hf": (0, False), "hf-compiled": (0, True), "prompt-lookup": (10, False)}
+METHODS = ("hf", "hf-compiled", "ar", "prompt-lookup", "ngram", "coral", "auto")
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,11 @@ def make_method(
     Raises:
         UsageError: `coral` where no drafter is bundled for the target, or a folder with another model's drafter.
     """
-    if name in HF_LOOKUP:
-        return TransformersMethod(name, model.target, lookup=HF_LOOKUP[name])
+    if name in TRANSFORMERS:
+        lookup, static = TRANSFORMERS[name]
+        if static and model.target.device.type != "cuda":
+            raise UsageError(f"method {name!r} needs a GPU: transformers compiles nothing on {model.target.device}")
+        return TransformersMethod(name, model.target, lookup=lookup, static=static)
     draft = folder or ENGINE_DRAFTS.get(name) or _bundled(model.target)
     if draft in ("none", "ngram"):  # a tree for a drafter is no tree for n-grams
         return EngineMethod(name, model.with_draft(draft))
@@ -175,11 +179,12 @@ class EngineMethod:
 
 @dataclass(frozen=True)
 class TransformersMethod:
-    """transformers' own `generate`, plain or with prompt look-up, neutral settings and its own dynamic cache."""
+    """transformers' own `generate`: plain, with prompt look-up, or compiled for its static cache; neutral settings."""
 
     name: str
     target: Target
     lookup: int = 0
+    static: bool = False
 
     def answer(self, prompt: list[int], request: Request) -> Answer:
         """See `Method`. A random draw depends on the seed alone, but is not the engine's draw."""
@@ -217,6 +222,7 @@ class TransformersMethod:
             return_dict_in_generate=True,
             output_logits=request.record_logits,
             prompt_lookup_num_tokens=self.lookup or None,
+            cache_implementation="static" if self.static else None,
             **(sampled if request.temperature > 0 else {"do_sample": False}),
         )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from coral_spec.bench.methods import Answer, Method, Request, make_method
+from coral_spec.bench.methods import Answer, Method, Request, TransformersMethod, make_method
 from coral_spec.bench.records import PartialFile, Record
 from coral_spec.bench.tasks import Prompt, as_instruction
 from coral_spec.check.noise import logit_distance, margin_noise, reference_logits, reference_model
@@ -116,10 +116,14 @@ class Bench:
         return self.model.encode(text)
 
     def warm_up(self, prompt: list[int]) -> None:
-        """One short answer of every method, so that allocation and compilation are not measured."""
-        request = Request(WARM_UP_TOKENS, self.settings.temperature, self.settings.seed, True)
+        """One answer of every method to the longest prompt, so that allocation and compilation are not measured.
+
+        It is a short one, or a whole one where a method compiles for a static size.
+        """
         for method in self.methods:
-            method.answer(prompt, request)
+            compiles = isinstance(method, TransformersMethod) and method.static
+            tokens = self.settings.max_new_tokens if compiles else WARM_UP_TOKENS
+            method.answer(prompt, Request(tokens, self.settings.temperature, self.settings.seed, True))
 
     def measure(
         self, task: str, index: int, prompt: Prompt, skip: Callable[[tuple[str, str, str]], bool] = lambda key: False
@@ -187,14 +191,14 @@ def open_partial(settings: Settings, tasks: Mapping[str, list[Prompt]], json_pat
 def run(bench: Bench, tasks: Mapping[str, list[Prompt]], partial: PartialFile) -> None:
     """Measure all that `partial` does not hold yet, in this process."""
     jobs = [(task, index, prompt) for task, prompts in tasks.items() for index, prompt in enumerate(prompts)]
-    for task, _, prompt in jobs:
-        bench.encode(task, prompt)  # a prompt that is too long is found before an hour of work
+    # a prompt that is too long is found before an hour of work
+    longest = max((bench.encode(task, prompt) for task, _, prompt in jobs), key=len)
     done = partial.records.keys()
     left = [job for job in jobs if any((job[0], job[2].id, m.name) not in done for m in bench.methods)]
     with progress() as bar:
         shown = bar.add_task("prompts", total=len(jobs), completed=len(jobs) - len(left))
         if left:
-            bench.warm_up(bench.encode(left[0][0], left[0][2]))
+            bench.warm_up(longest)
         for task, index, prompt in left:
             for record in bench.measure(task, index, prompt, skip=lambda key: key in done):
                 partial.add(record)

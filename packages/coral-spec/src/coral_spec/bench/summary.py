@@ -59,7 +59,8 @@ def _run(
     rounds = [length for record in records for length in record.accept_lengths or []]
     taus = [record.tau for record in records if record.tau is not None]
     judged = [judgements[record.key] for record in records if record.key in judgements]
-    speedup = {base: speeds[name] / speeds[base] if timed and base in speeds else None for base in BASELINES}
+    bases = [base for base in BASELINES if base in speeds or base != "hf-compiled"]
+    speedup = {base: speeds[name] / speeds[base] if timed and base in speeds else None for base in bases}
     identical: str | None = summarise(each.verdict for each in judged) if judged else None
     if name == "ar" and settings.temperature == 0:
         identical = "exact"

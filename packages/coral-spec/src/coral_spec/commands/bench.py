@@ -20,7 +20,7 @@ def run(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first prompts of every task.")] = None,
     methods: Annotated[
-        str, typer.Option(help="Some of hf, ar, prompt-lookup, ngram, coral, auto, and NAME=FOLDER of a drafter.")
+        str, typer.Option(help="Some of hf, hf-compiled, ar, prompt-lookup, ngram, coral, auto, and NAME=FOLDER.")
     ] = "hf,ar,auto",
     max_new_tokens: options.MaxNewTokens = 256,
     temperature: options.Temperature = 0.0,
