@@ -138,7 +138,7 @@ class Answer:
         first = session.begin(logits, features, self._keep, sampling, seeds)
         self._prefill_seconds = time.perf_counter() - started
         if request.record_logits:
-            self._logits.append(logits.float().cpu())
+            self._logits.append(logits.to(torch.float32, copy=True))
         yield self._take(first)
         ahead = 0  # rounds that were begun and not yet read
         while self._reason is None:
@@ -156,7 +156,8 @@ class Answer:
             tokens = outcome.tokens[0]
             self._accepted.append(len(tokens) - 1)
             if outcome.logits is not None:
-                self._logits.append(outcome.logits[0, : len(tokens)].float().cpu())
+                kept = outcome.logits[0, : len(tokens)]  # the next round writes over it
+                self._logits.append(kept.to(torch.float32, copy=True))
             yield self._take(tokens)
         session.settle()
         if self._own:
@@ -196,7 +197,7 @@ class Answer:
             time_split=self._watch.split(),
             cache_bytes=session.nbytes(),
         )
-        logits = torch.cat(self._logits)[: len(self._tokens)] if self._logits else None
+        logits = torch.cat(self._logits)[: len(self._tokens)].cpu() if self._logits else None
         return Generation(
             self._stream.text, self._tokens, len(self._ids), self._reason or "interrupted", statistics, logits
         )

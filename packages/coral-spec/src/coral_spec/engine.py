@@ -147,10 +147,16 @@ class Session:
         first = sampling.draw(logits[:, None].expand(batch, -1, -1), self.lengths[:, None], root, seeds)
         self.history.scatter_(1, self.lengths[:, None], first)
         tokens = self.history[:, keep + 1 : self._filled + 1]
-        starts = torch.full_like(self.lengths, keep)
-        self.draft.absorb(tokens, features.expand(batch, -1, -1), starts, self.lengths - keep, keep)
+        if not self._absorbed_by_graph(tokens, features, keep):
+            starts = torch.full_like(self.lengths, keep)
+            self.draft.absorb(tokens, features.expand(batch, -1, -1), starts, self.lengths - keep, keep)
         self.watch.lap("drafter")
         return first[:, 0].tolist()
+
+    def _absorbed_by_graph(self, tokens: Tensor, features: Tensor, begin: int) -> bool:
+        if self.graphs is None or tokens.shape[1] > CAPTURED_PROMPT or not self.draft.state():
+            return False
+        return self.graphs.absorb(tokens, features, begin)
 
     def round(self, sampling: Sampling, seeds: Tensor, keep_logits: bool = False) -> RoundResult:
         """Draft, verify, accept and commit once."""

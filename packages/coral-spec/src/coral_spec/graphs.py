@@ -46,6 +46,17 @@ class _Prompt:
 
 
 @dataclass
+class _Absorbed:
+    """A captured look of the draft at some prompt tokens; ``count`` of them are meant."""
+
+    graph: Any
+    tokens: Tensor
+    features: Tensor
+    start: Tensor
+    count: Tensor
+
+
+@dataclass
 class _Landing:
     """Where a round's tokens arrive on the host."""
 
@@ -65,6 +76,7 @@ class Graphs:
         self._session = session
         self._rounds: dict[tuple[Sampling, bool], _Round] = {}
         self._prompt: _Prompt | None = None
+        self._absorbed: _Absorbed | None = None
         self._seeds = torch.zeros(1, dtype=torch.long, device=session.device)
         width = session.draft.depth + 2
         self._landings = [
@@ -114,6 +126,25 @@ class Graphs:
             features.append(captured.features[:, : rows.shape[1]].clone())
         return torch.cat(features, dim=1)
 
+    def absorb(self, tokens: Tensor, features: Tensor, begin: int) -> bool:
+        """Show a prompt to the draft, some rows a replay: ``tokens (1, n)`` after ``features (1, n, hidden)``.
+
+        Returns:
+            False without a graph: nothing was done.
+        """
+        captured = self._absorbed_rows(features)
+        if captured is None:
+            return False
+        for first in range(0, tokens.shape[1], PROMPT_ROWS):
+            rows = tokens[:, first : first + PROMPT_ROWS]
+            count = rows.shape[1]
+            captured.tokens[:, :count] = rows
+            captured.features[:, :count] = features[:, first : first + count]
+            captured.start.fill_(begin + first)
+            captured.count.fill_(count)
+            captured.graph.replay()
+        return True
+
     def settle(self) -> None:
         """Wait for what is under way and drop it."""
         while self._under_way:
@@ -123,7 +154,7 @@ class Graphs:
         """Drop all graphs: buffers have moved."""
         self.settle()
         self._rounds.clear()
-        self._prompt = None
+        self._prompt = self._absorbed = None
 
     def _run(self, sampling: Sampling, keep_logits: bool) -> tuple[Tensor, Tensor | None]:
         session = self._session
@@ -146,6 +177,17 @@ class Graphs:
             if found is not None:
                 self._prompt = _Prompt(found[0], tokens, start, found[1])
         return self._prompt
+
+    def _absorbed_rows(self, like: Tensor) -> _Absorbed | None:
+        if self._absorbed is None:
+            session = self._session
+            tokens = torch.zeros(1, PROMPT_ROWS, dtype=torch.long, device=session.device)
+            features = like.new_zeros(1, PROMPT_ROWS, like.shape[2])
+            start, count = session.lengths.clamp(max=session.room), torch.ones_like(session.lengths)
+            found = self._capture(lambda: session.draft.absorb(tokens, features, start, count, session.room))
+            if found is not None:
+                self._absorbed = _Absorbed(found[0], tokens, features, start, count)
+        return self._absorbed
 
     def _capture(self, run: Callable[[], _Result]) -> tuple[Any, _Result] | None:
         """Run for the side effects on compilers and allocators, put the state back, and record."""

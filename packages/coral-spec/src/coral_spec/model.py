@@ -32,7 +32,7 @@ BUNDLED = Path(__file__).parent / "drafters"
 CUDA_TREE = TreeShape(6, 10, 60)
 CPU_TREES = {torch.float32: TreeShape(3, 4, 12), torch.bfloat16: TreeShape(3, 2, 5)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
-FREQUENT_ROWS = 8192
+FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 SMALLEST_SESSION = 1024  # tokens, on a GPU
 
 
@@ -126,12 +126,12 @@ class Model:
     def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
         ranking = load_ranking(folder)
         if head == "auto":
-            head = "frequency" if self.target.device.type == "cpu" and ranking is not None else "full"
+            head = "frequency" if ranking is not None else "full"
         if head == "full":
             return FullHead(self._backbone)
         if ranking is None:
             raise UsageError(f"head is {head!r}, but drafter {folder} has no frequency.safetensors; needed 'full'")
-        rows = FREQUENT_ROWS if head == "frequency" else int(head)
+        rows = FREQUENT_ROWS[self.target.device.type] if head == "frequency" else int(head)
         if rows < 64:
             raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows from 64 on")
         return FrequencyHead(self._backbone, ranking, rows)

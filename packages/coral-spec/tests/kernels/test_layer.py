@@ -80,7 +80,7 @@ def test_in_bf16_a_layer_is_as_near_to_fp32_as_its_reference(architecture, count
         truth = exact(states.float(), some_nodes(count, 0, 37, torch.float32), filled_store(exact, torch.float32))
         found = run_layers([layer], None, states, nodes, [filled_store(layer, dtype)]).float()
         reference = layer(states, nodes, filled_store(layer, dtype)).float()
-        assert (found - truth).norm() < 1.5 * (reference - truth).norm() + 1e-3 * truth.norm()
+        assert (found - truth).norm() < 2 * (reference - truth).norm() + 1e-3 * truth.norm()
 
 
 @pytest.mark.parametrize("window", [None, 150])

@@ -86,7 +86,7 @@ class Identity:
 
     def _logits(self, ids: list[int], answer: Answer) -> tuple[Tensor, Tensor]:
         assert answer.logits is not None
-        return answer.logits.cpu(), reference_logits(self.bench.reference, ids, answer.ids)
+        return answer.logits, reference_logits(self.bench.reference, ids, answer.ids)
 
 
 def judge_all(

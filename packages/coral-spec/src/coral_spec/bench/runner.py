@@ -154,7 +154,6 @@ class Bench:
         working = next(answer.logits for answer in answers if answer.ids == record.ids)
         assert working is not None
         exact = reference_logits(self.reference, prompt, record.ids)
-        working = working.cpu()
         return replace(record, noise=margin_noise(working, exact), distance=logit_distance(working, exact))
 
     @cached_property

@@ -143,12 +143,12 @@ def reference_logits(model: nn.Module, prompt: Sequence[int], ids: Sequence[int]
     """fp32 logits from which each of `ids` would be drawn, by one causal forward of prompt and ids.
 
     Returns:
-        ``(len(ids), vocab)`` on the CPU; row i saw the prompt and ``ids[:i]``.
+        ``(len(ids), vocab)`` on the model's device; row i saw the prompt and ``ids[:i]``.
     """
     device = next(model.parameters()).device
     text = torch.tensor([[*prompt, *ids[:-1]]], device=device)
     logits: Tensor = model(input_ids=text, use_cache=False, logits_to_keep=len(ids)).logits
-    return logits[0].float().cpu()
+    return logits[0].float()
 
 
 def margin_noise(working: Tensor, reference: Tensor) -> float:
@@ -158,7 +158,7 @@ def margin_noise(working: Tensor, reference: Tensor) -> float:
         working: logits ``(positions, vocab)`` of a run in working precision.
         reference: fp32 logits of the same positions.
     """
-    best = working.float().topk(2, dim=-1)
+    best = working.to(reference.device, torch.float32).topk(2, dim=-1)
     same = reference.gather(-1, best.indices)
     margin, exact = (pair[:, 0] - pair[:, 1] for pair in (best.values, same))
     return float((margin - exact).abs().max())
@@ -178,4 +178,5 @@ def logit_distance(working: Tensor, reference: Tensor) -> float:
     """
     if len(working) < 2:
         return 0.0
-    return float((working[1:].float() - reference[1:]).square().mean(dim=-1).sqrt().max())
+    working = working.to(reference.device, torch.float32)
+    return float((working[1:] - reference[1:]).square().mean(dim=-1).sqrt().max())

@@ -47,7 +47,7 @@ def _accumulate(scores, seen, value, best, total, result):  # type: ignore[no-un
     return higher, total * shrink + tl.sum(weights, axis=1), result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "offset"])
 def _attention_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, positions_ptr, lengths_ptr, ancestors_ptr,
     keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, scale, eps,

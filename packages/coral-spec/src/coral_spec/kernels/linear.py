@@ -51,7 +51,7 @@ def _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P: tl.constexpr)
     return tl.rsqrt(total / width + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
     rows, outputs, width, parts, eps,
@@ -101,7 +101,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         tl.store(sums_ptr + tl.program_id(0) * rows + row, sums, mask=row_in)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _row_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
     outputs, width, parts, eps,

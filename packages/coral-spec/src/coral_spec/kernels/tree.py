@@ -13,7 +13,7 @@ from torch import Tensor
 from coral_spec.kernels.top import key_index, key_value, to_key
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "slots"])
 def _extend_kernel(  # type: ignore[no-untyped-def]
     log_probs_ptr, children_ptr, scores_ptr, chosen_ptr, ancestors_ptr,
     pool_tokens_ptr, pool_scores_ptr, pool_parents_ptr, first,
