@@ -149,6 +149,7 @@ class Answer:
             if outcome.logits is not None:
                 self._logits.append(outcome.logits[0, : len(tokens)].float().cpu())
             yield self._take(tokens)
+        self._model.note(session, self._accepted)
         rest = self._stream.finish()
         self._seconds = time.perf_counter() - started
         yield rest
