@@ -21,7 +21,7 @@ from coral_spec.bench.tasks import load_task
 from coral_spec.model import Model, bundled_drafter
 from coral_spec.statistics import Statistics
 from coral_spec.tree import TreeShape
-from coral_spec.tuning.choose import Tuner, expect
+from coral_spec.tuning.choose import TYPICAL, Tuner, expect
 from expkit.checkpoint import write_json
 from expkit.rundir import evidence
 
@@ -56,7 +56,7 @@ def summarise(answers: list[Statistics]) -> dict[str, Any]:
     }
 
 
-def predict(name: str, tuner: Tuner, hardness: float = 1.0) -> dict[str, Any]:
+def predict(name: str, tuner: Tuner, hardness: float = TYPICAL) -> dict[str, Any]:
     """What the step costs and the profile say of a tree; "plain" is none."""
     choice = expect(None if name == "plain" else TreeShape.parse(name), tuner.costs, tuner.acceptance, hardness)
     return {
@@ -112,7 +112,11 @@ def main() -> None:
     ]
     answers = measure({"plain": plain, **fixed, "auto": auto}, prompts, options.max_new_tokens)
     trees = {
-        name: {"measured": summarise(each), "predicted": None if name == "auto" else predict(name, tuner)}
+        name: {
+            "measured": summarise(each),
+            "predicted": None if name == "auto" else predict(name, tuner),
+            "predicted_at_the_end": None if name == "auto" else predict(name, tuner, tuner.hardness),
+        }
         for name, each in answers.items()
     }
     Console().print(table(trees))

@@ -44,7 +44,7 @@ def test_it_prints_costs_gains_and_one_sentence_and_writes_the_same_figures(tmp_
 
 
 def test_more_tau_never_means_less_speed():
-    gains = [planted({2: 11.0, 61: 40.0}, {1: 1.0, 10: 2.0}).gain(tau) for tau in (1.5, 2.5, 3.5, 4.5)]
+    gains = [planted({2: 11.0, 4: 12.0, 61: 40.0}, {1: 1.0, 10: 2.0}).gain(tau) for tau in (1.5, 2.5, 3.5, 4.5)]
     assert gains == sorted(gains)
 
 
@@ -61,7 +61,7 @@ def test_it_says_plainly_when_a_drafter_will_not_pay():
 
 
 def test_it_says_from_where_on_a_drafter_pays():
-    found = planted({2: 11.0, 61: 40.0}, {1: 1.0, 10: 2.0})
+    found = planted({2: 11.0, 4: 12.0, 61: 40.0}, {1: 1.0, 10: 2.0})
     least = found.break_even()
     assert least is not None and found.gain(least) > 1.0 >= found.gain(least - 0.05)
     assert f"from {least:.2f} tokens per round" in verdict(found, None)

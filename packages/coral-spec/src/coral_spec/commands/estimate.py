@@ -36,6 +36,8 @@ def run(
     from coral_spec.backbone import Backbone
     from coral_spec.model import acceptance_profile, bundled_drafter
     from coral_spec.targets import load_target
+    from coral_spec.tuning.choose import TYPICAL
+    from coral_spec.tuning.costs import Disturbance
     from coral_spec.tuning.estimate import REFERENCE, estimate
     from expkit.checkpoint import write_json
     from expkit.cli import console
@@ -44,19 +46,28 @@ def run(
     proof = evidence()
     target = load_target(model, device=device, dtype=dtype)
     bundled = bundled_drafter(target)
+    disturbance = Disturbance()
     found = estimate(Backbone(target), rows, lambda count: acceptance_profile(bundled, count))
-    own = found.heads["full"].acceptance.tau(REFERENCE) if bundled else None
+    disturbed = disturbance()
+    own = found.heads["full"].acceptance.tau(REFERENCE, TYPICAL) if bundled else None
     where = f"{target.name}, {str(target.dtype).removeprefix('torch.')} on {target.device.type}"
     screen = Console()
     screen.print(_costs(found, where))
     screen.print(_gains(found, own))
+    if disturbed:
+        screen.print("Other work had the processor meanwhile, so the figures are not to be trusted: try again.")
     screen.print(verdict(found, own), highlight=False)
     if json is not None:
         costs = {
             kind: {"rows": head.rows, "head": head.head, "costs": asdict(head.costs)}
             for kind, head in found.heads.items()
         }
-        figures = {"break_even": found.break_even(), "gains": found.rows(), "milliseconds": costs}
+        figures = {
+            "disturbed": disturbed,
+            "break_even": found.break_even(),
+            "gains": found.rows(),
+            "milliseconds": costs,
+        }
         figures["bundled"] = found.rows((own,))[0] if own else None
         about = {"model": target.name, "device": str(target.device), "dtype": str(target.dtype).removeprefix("torch.")}
         write_json(json, {**figures, "reference_tree": str(REFERENCE), "settings": about, **proof})

@@ -9,8 +9,9 @@ from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import Acceptance
 from coral_spec.tuning.costs import StepCosts
 
+TYPICAL = 1.3  # hardness to begin with: the profile's long answers to simple prompts are easier than most text
 MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
-GAIN = 1.05  # another shape must promise this much more: an engine that captures its rounds pays for every new shape
+GAIN = 1.03  # another shape must promise this much more: an engine that captures its rounds pays for every new shape
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,18 @@ class Choice:
         return 1e3 * self.tau / self.milliseconds
 
 
-def expect(shape: TreeShape | None, costs: StepCosts, acceptance: Acceptance, hardness: float = 1.0) -> Choice:
+def expect(shape: TreeShape | None, costs: StepCosts, acceptance: Acceptance, hardness: float = TYPICAL) -> Choice:
     """What a shape should give."""
     return Choice(shape, acceptance.tau(shape, hardness), costs.round(shape))
 
 
-def choose(costs: StepCosts, acceptance: Acceptance, hardness: float = 1.0, *, plain: bool = True) -> Choice:
-    """The best of the profile's shapes and, with ``plain``, of not drafting at all."""
-    shapes = [*acceptance.survival, *([None] if plain else [])]
+def choose(costs: StepCosts, acceptance: Acceptance, hardness: float = TYPICAL, *, plain: bool = True) -> Choice:
+    """The best of the profile's shapes and, with ``plain``, of not drafting at all.
+
+    Products of small matrices cost in steps, so only numbers of rows that were timed themselves are trusted.
+    """
+    timed = [shape for shape in acceptance.survival if shape.budget + 1 in costs.verify]
+    shapes = [*timed, *([None] if plain else [])]
     choices = (expect(shape, costs, acceptance, hardness) for shape in shapes)
     return max(choices, key=lambda choice: choice.tokens_per_second)
 
@@ -60,7 +65,7 @@ class Tuner:
 
     def __init__(self, costs: StepCosts, acceptance: Acceptance, *, own: bool = True) -> None:
         self.costs, self.acceptance = costs, acceptance
-        self.hardness = 1.0
+        self.hardness = TYPICAL
         self.shape = choose(costs, acceptance, plain=own).shape
 
     def note(self, shape: TreeShape | None, accept_lengths: Sequence[int]) -> None:

@@ -2,8 +2,7 @@
 
 A round of depth d, width w and budget b costs ``verify(b + 1) + (d - 1) * level(w)``: the target reads b + 1 rows once,
 and every level past the first runs the drafter on w nodes. A round of one level is the first term alone, so both terms
-come from whole rounds - whatever the engine fuses or captures - and are interpolated between them. Ours; RESULTS.md
-compares it with rounds that were not used for it.
+come from whole rounds - whatever the engine fuses or captures - and are interpolated between them. Ours.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ from expkit.rundir import cpu_name
 # where a round takes long, the last ones are left out.
 # fmt: off
 SHAPES = tuple(map(TreeShape.parse, (
-    "1,1,1", "1,12,12", "4,2,5", "1,5,5", "4,10,24", "1,60,60",
-    "1,24,24", "4,4,12", "1,3,3", "1,8,8", "1,16,16", "4,1,4",
+    "1,5,5", "6,2,5", "1,12,12", "1,3,3", "6,4,12", "1,8,8", "1,1,1", "1,16,16", "1,24,24", "6,10,24", "1,60,60",
 )))
 # fmt: on
 LEAST_SHAPES = 4  # plain decoding included
-PROMPT_TOKENS = 24
-CAPACITY = 192
+CONTEXT, PREFILLED = 128, 8  # tokens in the cache, of which so many are really run
+CAPACITY = 256
 MOST_ROUNDS = 6
-SECONDS = 1.5
+SECONDS = 1.6
+PREEMPTIONS = 60.0  # per second: about 250 where another process wants the same cores, next to none otherwise
 
 MakeSession = Callable[[TreeShape | None], Session]
 
@@ -103,13 +102,15 @@ def measure(make_session: MakeSession, *, most_rows: int, seconds: float = SECON
     shapes = [shape for shape in SHAPES if shape.width <= most_rows]
     fastest = time_rounds(make_session, [None, *shapes], seconds=seconds)
     timed = {shape: milliseconds for shape, milliseconds in fastest.items() if shape}
-    verify = {shape.budget + 1: spent for shape, spent in timed.items() if shape.depth == 1}
+    flat = {shape.budget + 1: spent for shape, spent in timed.items() if shape.depth == 1}
+    # More rows never take less time, so what they took bounds fewer ones that were disturbed.
+    verify = {rows: min(spent for more, spent in flat.items() if more >= rows) for rows in sorted(flat)}
     level = {
         shape.width: max(0.0, spent - interpolate(verify, shape.budget + 1)) / (shape.depth - 1)
         for shape, spent in timed.items()
         if shape.depth > 1
     }
-    return StepCosts(fastest[None], dict(sorted(verify.items())), dict(sorted(level.items())))
+    return StepCosts(fastest[None], verify, dict(sorted(level.items())))
 
 
 @torch.inference_mode()
@@ -140,12 +141,13 @@ def time_rounds(
 
 
 def _rounds(session: Session) -> Callable[[], None]:
-    """One round a call, always at about the same length."""
+    """One round a call, always at about the same length. What the cache holds does not matter, so it stays empty."""
     sampling = Sampling()
     vocab, context = session.backbone.vocab_size, session.backbone.context_length
-    ids = [(7 * place + 1) % vocab for place in range(min(PROMPT_TOKENS, context - 1))]
+    ids = [(7 * place + 1) % vocab for place in range(min(CONTEXT, context - 1))]
+    keep = max(0, len(ids) - PREFILLED)
     seeds = torch.zeros(1, dtype=torch.long, device=session.device)
-    session.begin(*session.prefill(ids), 0, sampling, seeds)
+    session.begin(*session.prefill(ids, keep), keep, sampling, seeds)
     room = session.capacity - session.draft.slack - session.draft.depth - 1
 
     def run() -> None:
@@ -154,6 +156,27 @@ def _rounds(session: Session) -> Callable[[], None]:
         session.round(sampling, seeds)
 
     return run
+
+
+class Disturbance:
+    """Whether other work took the processor since this was made; never, where the system does not count it.
+
+    Threads that wait for a preempted one make rounds many times as long, so such times say nothing.
+    """
+
+    def __init__(self) -> None:
+        self._began, self._before = time.perf_counter(), _preemptions()
+
+    def __call__(self) -> bool:
+        return _preemptions() - self._before > PREEMPTIONS * (time.perf_counter() - self._began)
+
+
+def _preemptions() -> int:
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:  # Windows
+        return 0
+    return getrusage(RUSAGE_SELF).ru_nivcsw
 
 
 def costs_key(backbone: Backbone, drafter: DrafterConfig, head_rows: int) -> dict[str, object]:
@@ -175,7 +198,8 @@ def costs_key(backbone: Backbone, drafter: DrafterConfig, head_rows: int) -> dic
 def cached(key: Mapping[str, object], folder: Path, measure: Callable[[], StepCosts]) -> StepCosts:
     """The costs kept in ``folder`` under ``key``, else measured and kept there.
 
-    A damaged file is measured anew, and a folder that cannot be written to is no error.
+    A damaged file is measured anew, a folder that cannot be written to is no error, and costs that were measured beside
+    other work are not kept.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = folder / f"{digest}.json"
@@ -185,7 +209,10 @@ def cached(key: Mapping[str, object], folder: Path, measure: Callable[[], StepCo
             return StepCosts.from_json(record["costs"])
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         pass
+    disturbed = Disturbance()
     costs = measure()
+    if disturbed():
+        return costs
     try:
         write_json(path, {"key": dict(key), "costs": asdict(costs)})
     except OSError:

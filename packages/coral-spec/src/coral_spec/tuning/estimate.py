@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,16 +108,25 @@ def estimate(backbone: Backbone, rows: int, profile: Callable[[int], Acceptance]
     heads: dict[str, ProposalHead] = {"full": FullHead(backbone)}
     if rows < backbone.vocab_size:
         heads["reduced"] = FrequencyHead(backbone, torch.arange(rows), rows)
-    found = {}
+    timed: dict[str, StepCosts] = {}
     for kind, head in heads.items():
 
         def session(shape: TreeShape | None, head: ProposalHead = head) -> Session:
             return Session(backbone, DrafterDraft(backbone, drafter, head, shape) if shape else NoDraft(), CAPACITY)
 
-        costs = measure(session, most_rows=head.rows)
-        alone = {width: _time_head(backbone, head, width) for width in costs.level}
-        found[kind] = HeadEstimate(head.rows, alone, costs, profile(head.rows))
-    return Estimate(found)
+        timed[kind] = measure(session, most_rows=head.rows)
+    plain = min(costs.plain for costs in timed.values())  # the same for all heads
+    return Estimate(
+        {
+            kind: HeadEstimate(
+                head.rows,
+                {width: _time_head(backbone, head, width) for width in timed[kind].level},
+                replace(timed[kind], plain=plain),
+                profile(head.rows),
+            )
+            for kind, head in heads.items()
+        }
+    )
 
 
 @torch.inference_mode()
