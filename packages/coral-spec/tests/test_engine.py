@@ -76,7 +76,7 @@ def test_accepted_branches_are_committed_in_order(architecture):
     wanted = plain.generate(PROMPT, max_new_tokens=60, ignore_eos=True, record_logits=True)
     model = load(target, draft="none")
     oracle = OracleDraft([*PROMPT, *wanted.token_ids], depth=5)
-    model._make_draft = lambda: oracle
+    model._make_draft = lambda _: oracle
     found = model.generate(PROMPT, max_new_tokens=60, ignore_eos=True, record_logits=True)
     assert found.token_ids == wanted.token_ids
     torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=1e-4)

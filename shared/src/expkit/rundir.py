@@ -156,10 +156,11 @@ def _hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count()
-    return {"cpu": _cpu_name(), "cores": cores, "gpu": gpus or None, "memory": _memory()}
+    return {"cpu": cpu_name(), "cores": cores, "gpu": gpus or None, "memory": _memory()}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the system calls the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):

@@ -160,6 +160,7 @@ class Answer:
                 self._logits.append(kept.to(torch.float32, copy=True))
             yield self._take(tokens)
         session.settle()
+        self._model.note(session, self._accepted)
         if self._own:
             self._model.release(session)
         rest = self._stream.finish()

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-import torch
-
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.backbone import Backbone
 from coral_spec.conversation import Conversation, Prefix
@@ -16,7 +14,12 @@ from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
 from coral_spec.engine import Session
 from coral_spec.heads import FrequencyHead, FullHead, ProposalHead
 from coral_spec.layers import FusedDrafter
+from coral_spec.targets.home import timings_folder
 from coral_spec.tree import TreeShape
+from coral_spec.tuning.acceptance import FILE as ACCEPTANCE
+from coral_spec.tuning.acceptance import Acceptance
+from coral_spec.tuning.choose import Tuner
+from coral_spec.tuning.costs import CAPACITY, cached, costs_key, measure
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,11 +29,11 @@ Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
 
 BUNDLED = Path(__file__).parent / "drafters"
+GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
 
-# A CPU pays for every verified token, a GPU hardly does. The CPU's drafter trees are those of RESULTS.md; CUDA's is
-# EAGLE-2's; those for n-grams are not tuned.
+# On a CPU a drafter's tree is chosen by measurement (`coral_spec.tuning`). On a GPU every shape that is timed would be
+# compiled and captured first, so one shape is the default there. Those for n-grams are not tuned.
 CUDA_TREE = TreeShape(6, 10, 60)
-CPU_TREES = {torch.float32: TreeShape(3, 4, 12), torch.bfloat16: TreeShape(3, 2, 5)}
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 SMALLEST_SESSION = 1024  # tokens, on a GPU
@@ -55,7 +58,9 @@ def load(
             ``ngram``, or the folder of a drafter.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16``, ``fp16`` or ``fp32``.
-        tree: shape of the draft tree; by default what measured best on the kind of device.
+        tree: shape of the draft tree; by default the one that is expected to be fastest on this machine, by step times
+            (measured for a second or two the first time) and the drafter's acceptance, chosen anew between answers when
+            acceptance departs from what was expected. It is no drafting at all where none would pay.
         head: rows of the head that the drafter proposes from: ``auto``, ``full``, ``frequency`` or a number.
         max_length: lowers the context length, in tokens.
         attention: transformers' implementation, ``sdpa`` or ``eager``.
@@ -79,7 +84,8 @@ class Model:
         target: the loaded language model.
         context_length: tokens that prompt and answer may have together.
         draft_name: ``none``, ``ngram`` or the drafter's folder.
-        tree: shape of the draft tree; None without a draft.
+        tuner: chooses the tree; None where it was asked for, or nothing or n-grams are drafted.
+        head_rows: rows of the target's head that the drafter proposes from; 0 without a drafter.
     """
 
     def __init__(
@@ -103,25 +109,58 @@ class Model:
         self.context_length = min(context, max_length or context)
         folder = bundled_drafter(self.target) if draft == "auto" else None
         self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
-        self.tree = None if self.draft_name == "none" else tree or default_tree(self.target, self.draft_name)
-        self._make_draft = self._plan(self.draft_name, head)
+        self.tuner: Tuner | None = None
+        self.head_rows = 0
+        self._tree = tree if self.draft_name != "none" else None
+        self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, head)
         self._idle: list[Session] = []
 
-    def _plan(self, name: str, head: str | int) -> Callable[[], Draft]:
-        shape = self.tree
-        if shape is None:
-            return NoDraft
+    @property
+    def tree(self) -> TreeShape | None:
+        """Shape of the draft tree of the next answer; None is plain decoding, asked for or chosen."""
+        return self._tree if self.tuner is None else self.tuner.shape
+
+    def _plan(self, name: str, head: str | int) -> Callable[[TreeShape | None], Draft]:
+        if name == "none":
+            return lambda _: NoDraft()
         if name == "ngram":
+            shape = self._tree = self._tree or NGRAM_TREES[self.target.device.type]
             chains = max(1, min(shape.width, shape.budget // shape.depth))
-            return lambda: NgramDraft(shape.depth, chains)
+            return lambda _: NgramDraft(shape.depth, chains)
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
-        drafter = FusedDrafter(Drafter.load(folder, self.target))
+        loaded = Drafter.load(folder, self.target)
+        drafter = FusedDrafter(loaded)
         proposals = self._proposal_head(folder, head)
-        if shape.width > proposals.rows:
-            raise UsageError(f"tree width is {shape.width}, but the head has only {proposals.rows} rows")
-        return lambda: DrafterDraft(self._backbone, drafter, proposals, shape)
+        self.head_rows = proposals.rows
+        if self._tree is not None and self._tree.width > proposals.rows:
+            raise UsageError(f"tree width is {self._tree.width}, but the head has only {proposals.rows} rows")
+
+        def make(shape: TreeShape | None) -> Draft:
+            return DrafterDraft(self._backbone, drafter, proposals, shape) if shape else NoDraft()
+
+        if self._tree is None and self.target.device.type == "cuda":
+            self._tree = CUDA_TREE
+        if self._tree is None:
+            self.tuner = self._tune(folder, loaded.config, proposals, make)
+        return make
+
+    def _tune(
+        self, folder: Path, drafter: DrafterConfig, head: ProposalHead, make: Callable[[TreeShape | None], Draft]
+    ) -> Tuner:
+        backbone = self._backbone
+        costs = cached(
+            costs_key(backbone, drafter, head.rows),
+            timings_folder(),
+            lambda: measure(lambda shape: Session(backbone, make(shape), CAPACITY), most_rows=head.rows),
+        )
+        return Tuner(costs, acceptance_profile(folder, head.rows), own=(folder / ACCEPTANCE).is_file())
+
+    def note(self, session: Session, accept_lengths: list[int]) -> None:
+        """Learn from the rounds of an answer, so that the next one may have a better tree."""
+        if self.tuner is not None:
+            self.tuner.note(getattr(session.draft, "shape", None), accept_lengths)
 
     def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
         ranking = load_ranking(folder)
@@ -203,7 +242,7 @@ class Model:
                     self._idle.remove(idle)
                     return idle
             capacity = max(SMALLEST_SESSION, 1 << (capacity - 1).bit_length())
-        return Session(self._backbone, self._make_draft(), capacity)
+        return Session(self._backbone, self._make_draft(self.tree), capacity)
 
     def release(self, session: Session) -> None:
         """Keep ``session`` for the next answer; the largest one stays."""
@@ -211,11 +250,10 @@ class Model:
             self._idle = [max([*self._idle, session], key=lambda each: each.room)]
 
 
-def default_tree(target: Target, draft: str) -> TreeShape:
-    """The shape used when none is asked for."""
-    if draft == "ngram":
-        return NGRAM_TREES[target.device.type]
-    return CUDA_TREE if target.device.type == "cuda" else CPU_TREES.get(target.dtype, CPU_TREES[torch.float32])
+def acceptance_profile(folder: Path | None, rows: int) -> Acceptance:
+    """What the drafter in ``folder`` accepts with so many head rows; SmolLM2's profile where it has none."""
+    path = (folder or Path()) / ACCEPTANCE
+    return Acceptance.load(path if folder and path.is_file() else GENERIC, rows)
 
 
 def bundled_drafter(target: Target) -> Path | None:

@@ -52,7 +52,7 @@ class TreeShape:
         try:
             depth, width, budget = (int(part) for part in text.split(","))
         except ValueError:
-            raise UsageError(f"tree is {text!r}, needed DEPTH,WIDTH,BUDGET such as 6,10,60") from None
+            raise UsageError(f"tree is {text!r}, needed auto or DEPTH,WIDTH,BUDGET such as 6,10,60") from None
         return cls(depth, width, budget)
 
     def __str__(self) -> str:

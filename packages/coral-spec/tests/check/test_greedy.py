@@ -25,7 +25,7 @@ def oracle_check(model: Model, prompt: list[int]) -> GreedyReport:
     """Check one prompt with a draft that knows the right answer, among wrong siblings."""
     plain = model.with_draft("none")
     text = prompt + plain.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True).token_ids
-    model._make_draft = lambda: OracleDraft(text, 4)
+    model._make_draft = lambda _: OracleDraft(text, 4)
     return check_greedy(model, model.target.model, [prompt], max_new_tokens=TOKENS)
 
 

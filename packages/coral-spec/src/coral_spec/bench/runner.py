@@ -37,7 +37,7 @@ class Settings:
         model: name of the target, as `coral_spec.load` takes it.
         methods: name -> drafter folder, or empty (`coral_spec.bench.methods.parse_methods`).
         device, dtype: as `coral_spec.load` takes them.
-        tree: `DEPTH,WIDTH,BUDGET` of trained drafters, or empty for the engine's own choice.
+        tree: `DEPTH,WIDTH,BUDGET` of trained drafters, or `auto` for the engine's own choice.
         head: rows of the head that trained drafters propose from: `auto`, `full`, `frequency` or a number.
         max_new_tokens, temperature, seed, ignore_eos: how every method is asked.
         repeats: how often; the median time counts.
@@ -49,7 +49,7 @@ class Settings:
     methods: dict[str, str]
     device: str = "auto"
     dtype: str = "auto"
-    tree: str = ""
+    tree: str = "auto"
     head: str = "auto"
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -101,7 +101,7 @@ class Bench:
         """From a model that is already there."""
         from coral_spec.tree import TreeShape
 
-        tree = TreeShape.parse(settings.tree) if settings.tree else None
+        tree = None if settings.tree == "auto" else TreeShape.parse(settings.tree)
         head = int(settings.head) if settings.head.isdigit() else settings.head
         methods = [make_method(*item, model, tree=tree, head=head) for item in settings.methods.items()]
         return cls(model, methods, settings)

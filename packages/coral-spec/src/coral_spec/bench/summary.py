@@ -78,7 +78,7 @@ def _run(
         "tokens": sum(len(record.ids) for record in records),
         "seconds": sum(record.median_seconds for record in records) if timed else None,
         "rounds": len(rounds) if records[0].accept_lengths is not None else None,
-        "depth_acceptance": depth_acceptance(rounds, records[0].depth),
+        "depth_acceptance": depth_acceptance(rounds, max(record.depth for record in records)),
         "time_split": _sum_parts(records) if timed else {},
         "ties": sum(each.verdict == "tie" for each in judged),
         "bugs": sum(each.verdict == "bug" for each in judged),

@@ -30,7 +30,7 @@ def run(
     workers: Annotated[
         int, typer.Option(help="Processes on one device; above 1 acceptance is measured, but no speed.")
     ] = 1,
-    tree: options.Tree = None,
+    tree: options.Tree = "auto",
     head: options.Head = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -41,7 +41,7 @@ def run(
     plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG) here.")] = None,
 ) -> int:
     """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
-    from coral_spec.bench.methods import parse_methods
+    from coral_spec.bench.methods import EngineMethod, parse_methods
     from coral_spec.bench.runner import Bench, Settings, open_partial
     from coral_spec.bench.tasks import TASKS, load_task, parse_tasks, read_prompts
     from expkit.errors import UsageError
@@ -51,7 +51,7 @@ def run(
         methods=parse_methods(methods),
         device=device,
         dtype=dtype,
-        tree=tree or "",
+        tree=tree,
         head=head,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -105,7 +105,8 @@ def run(
     precision = str(target.dtype).removeprefix("torch.")
     Console().print(table(runs))
     if json is not None:
-        about = {"device": str(target.device), "dtype": precision, "definitions": DEFINITIONS}
+        trees = {each.name: str(each.model.tree) for each in bench.methods if isinstance(each, EngineMethod)}
+        about = {"device": str(target.device), "dtype": precision, "trees": trees, "definitions": DEFINITIONS}
         write_json(json, {"runs": runs, "settings": {**vars(settings), **about}, **proof})
         console().print(f"figures: {json}", soft_wrap=True)
     if plot is not None:

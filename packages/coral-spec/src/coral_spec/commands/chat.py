@@ -19,7 +19,7 @@ def run(
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
-    tree: options.Tree = None,
+    tree: options.Tree = "auto",
     head: options.Head = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -22,7 +22,7 @@ def run(
     temperature: Annotated[float, typer.Option(help="Temperature of the sampled answers.")] = 1.0,
     top_k: options.TopK = 8,
     seed: Annotated[int, typer.Option(help="Seed of the sampled answers.")] = 0,
-    tree: options.Tree = None,
+    tree: options.Tree = "auto",
     head: options.Head = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
@@ -49,6 +49,7 @@ def run(
 
     import coral_spec
     from coral_spec.check.report import check, table
+    from coral_spec.tree import TreeShape
     from expkit.checkpoint import write_json
     from expkit.cli import console, progress
     from expkit.rundir import evidence
@@ -56,6 +57,9 @@ def run(
     proof = evidence(seed)
     shape, rows = options.parse_tree(tree), options.parse_head(head)
     loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape, head=rows)
+    # What was chosen is held fixed; where drafting does not pay it is checked all the same.
+    shape = shape or loaded.tree or TreeShape()
+    loaded = loaded.with_draft(draft, tree=shape, head=rows)
     with progress() as bar:
         tasks: dict[str, object] = {}
 

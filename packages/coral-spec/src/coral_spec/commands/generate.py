@@ -25,7 +25,7 @@ def run(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer without drafting too, and say how it differs.")
     ] = False,
-    tree: options.Tree = None,
+    tree: options.Tree = "auto",
     head: options.Head = "auto",
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

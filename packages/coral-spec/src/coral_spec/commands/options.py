@@ -18,7 +18,9 @@ Model = Annotated[str, typer.Option(help="Alias (see `coral-spec models`), hub i
 Draft = Annotated[
     str, typer.Option(help="auto (the bundled drafter, else ngram), none, ngram, or the folder of a drafter.")
 ]
-Tree = Annotated[str | None, typer.Option(help="DEPTH,WIDTH,BUDGET of the draft tree, such as 6,10,60.")]
+Tree = Annotated[
+    str, typer.Option(help="auto (what should be fastest here), or DEPTH,WIDTH,BUDGET of the draft tree: 6,10,60.")
+]
 Head = Annotated[str, typer.Option(help="Head rows that the drafter proposes from: auto, full, frequency or a number.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -33,11 +35,11 @@ Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
 
 
-def parse_tree(text: str | None) -> TreeShape | None:
-    """The shape that the user asked for, if any."""
+def parse_tree(text: str) -> TreeShape | None:
+    """The shape that the user asked for; None is ``auto``."""
     from coral_spec.tree import TreeShape
 
-    return None if text is None else TreeShape.parse(text)
+    return None if text == "auto" else TreeShape.parse(text)
 
 
 def parse_head(text: str) -> str | int:

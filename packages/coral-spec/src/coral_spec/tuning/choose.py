@@ -1,0 +1,83 @@
+"""The tree that should give the most tokens per second, chosen anew when acceptance departs from the profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coral_spec.tree import TreeShape
+from coral_spec.tuning.acceptance import Acceptance
+from coral_spec.tuning.costs import StepCosts
+
+TYPICAL = 1.3  # hardness to begin with: the profile's long answers to simple prompts are easier than most text
+MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
+GAIN = 1.03  # another shape must promise this much more: an engine that captures its rounds pays for every new shape
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A shape with what is expected of it.
+
+    Attributes:
+        shape: None is plain decoding.
+        tau: tokens per round.
+        milliseconds: of a round.
+    """
+
+    shape: TreeShape | None
+    tau: float
+    milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While decoding, prefill not counted."""
+        return 1e3 * self.tau / self.milliseconds
+
+
+def expect(shape: TreeShape | None, costs: StepCosts, acceptance: Acceptance, hardness: float = TYPICAL) -> Choice:
+    """What a shape should give."""
+    return Choice(shape, acceptance.tau(shape, hardness), costs.round(shape))
+
+
+def choose(costs: StepCosts, acceptance: Acceptance, hardness: float = TYPICAL, *, plain: bool = True) -> Choice:
+    """The best of the profile's shapes and, with ``plain``, of not drafting at all.
+
+    Products of small matrices cost in steps, so only numbers of rows that were timed themselves are trusted.
+    """
+    timed = [shape for shape in acceptance.survival if shape.budget + 1 in costs.verify]
+    shapes = [*timed, *([None] if plain else [])]
+    choices = (expect(shape, costs, acceptance, hardness) for shape in shapes)
+    return max(choices, key=lambda choice: choice.tokens_per_second)
+
+
+class Tuner:
+    """The current choice, kept in step with running acceptance.
+
+    Args:
+        costs: of this machine.
+        acceptance: the drafter's own profile, or another one's to begin with.
+        own: whether it is the drafter's own; else it drafts in any case until answers have shown what is accepted.
+
+    Attributes:
+        shape: the tree to draft with; None is plain decoding, which is kept, since nothing tells when it ceases to pay.
+        hardness: of the text so far, see :mod:`coral_spec.tuning.acceptance`.
+    """
+
+    def __init__(self, costs: StepCosts, acceptance: Acceptance, *, own: bool = True) -> None:
+        self.costs, self.acceptance = costs, acceptance
+        self.hardness = TYPICAL
+        self.shape = choose(costs, acceptance, plain=own).shape
+
+    def note(self, shape: TreeShape | None, accept_lengths: Sequence[int]) -> None:
+        """Learn from the rounds of one answer, which were drafted with ``shape``; may change :attr:`shape`."""
+        if shape is None or self.shape is None or not accept_lengths:
+            return
+        rounds = len(accept_lengths)
+        expected = self.acceptance.tau(shape, self.hardness)
+        observed = 1.0 + sum(accept_lengths) / rounds
+        tau = expected + (observed - expected) * rounds / (rounds + MEMORY)
+        self.hardness = self.acceptance.hardness(shape, tau)
+        best = choose(self.costs, self.acceptance, self.hardness)
+        now = expect(self.shape, self.costs, self.acceptance, self.hardness)
+        if best.tokens_per_second > GAIN * now.tokens_per_second:
+            self.shape = best.shape

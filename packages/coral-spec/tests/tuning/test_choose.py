@@ -1,0 +1,108 @@
+"""Which tree is chosen, and when it is chosen anew."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from coral_spec import load
+from coral_spec.tree import TreeShape
+from coral_spec.tuning.acceptance import Acceptance
+from coral_spec.tuning.choose import Tuner, choose, expect
+from coral_spec.tuning.costs import StepCosts
+from drafting import PROMPT, clear_target, save_drafter
+
+SMALL, LARGE = TreeShape(2, 2, 3), TreeShape(6, 10, 60)
+ACCEPTANCE = Acceptance({SMALL: [0.7, 0.4], LARGE: [0.85, 0.7, 0.55, 0.4, 0.3, 0.2]})
+ROWS_COST = StepCosts(plain=10.0, verify={4: 11.0, 61: 40.0}, level={1: 1.0, 10: 2.0})
+ROWS_ARE_FREE = StepCosts(plain=10.0, verify={4: 11.0, 61: 11.5}, level={1: 0.5, 10: 0.5})
+NOTHING_PAYS = StepCosts(plain=10.0, verify={4: 20.0, 61: 300.0}, level={1: 5.0, 10: 20.0})
+
+
+@pytest.mark.parametrize(("costs", "wanted"), [(ROWS_COST, SMALL), (ROWS_ARE_FREE, LARGE), (NOTHING_PAYS, None)])
+def test_the_shape_with_the_most_tokens_per_second_is_chosen(costs, wanted):
+    assert choose(costs, ACCEPTANCE).shape == wanted
+
+
+def test_only_rows_that_were_timed_are_chosen():
+    costs = StepCosts(plain=10.0, verify={4: 11.0, 60: 11.0}, level={1: 0.1, 10: 0.1})
+    assert choose(costs, ACCEPTANCE).shape == SMALL
+
+
+def test_drafting_can_be_insisted_on():
+    assert choose(NOTHING_PAYS, ACCEPTANCE, plain=False).shape == SMALL
+
+
+def test_tokens_per_second_are_tau_over_the_rounds_time():
+    assert expect(None, ROWS_COST, ACCEPTANCE).tokens_per_second == pytest.approx(100.0)
+    assert expect(SMALL, ROWS_ARE_FREE, ACCEPTANCE, 1.0).tokens_per_second == pytest.approx(2.1e3 / 11.5, rel=0.01)
+
+
+def test_acceptance_as_expected_changes_nothing():
+    tuner = Tuner(ROWS_COST, ACCEPTANCE)
+    tuner.hardness = 1.0
+    tuner.note(SMALL, [2] * 40 + [1] * 30 + [0] * 30)
+    assert tuner.hardness == pytest.approx(1.0, abs=1e-3)
+    assert tuner.shape == SMALL
+
+
+def test_text_that_is_easy_gets_a_larger_tree_after_some_answers():
+    tuner = Tuner(StepCosts(plain=10.0, verify={4: 11.0, 61: 18.0}, level={1: 1.0, 10: 1.5}), ACCEPTANCE)
+    assert tuner.shape == SMALL
+    tuner.note(SMALL, [2] * 20)
+    assert tuner.shape == SMALL  # one short answer is no reason
+    for _ in range(10):
+        tuner.note(SMALL, [2] * 100)
+    assert tuner.shape == LARGE
+
+
+def test_a_drafter_that_is_never_right_is_left_out():
+    tuner = Tuner(ROWS_COST, ACCEPTANCE)
+    for _ in range(10):
+        tuner.note(tuner.shape, [0] * 100)
+    assert tuner.shape is None
+
+
+def test_a_drafter_without_profile_drafts_until_answers_have_shown_what_is_accepted():
+    tuner = Tuner(NOTHING_PAYS, ACCEPTANCE, own=False)
+    assert tuner.shape == SMALL
+    tuner.note(SMALL, [0] * 100)
+    assert tuner.shape is None
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("CORAL_SPEC_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("coral_spec.tuning.costs.PREEMPTIONS", float("inf"))  # other tests may run beside this one
+    return tmp_path / "home"
+
+
+def test_load_chooses_a_tree_by_measurement_and_keeps_the_costs(home, tmp_path):
+    folder = save_drafter(clear_target("llama"), tmp_path / "drafter")
+    model = load(clear_target("llama"), draft=str(folder))
+    (file,) = (home / "timings").iterdir()
+    before = file.stat().st_mtime_ns
+    assert json.loads(file.read_text())["key"]["target"][0] == "tiny-llama"
+    assert model.tree is not None
+    assert load(clear_target("llama"), draft=str(folder)).tree == model.tree
+    assert file.stat().st_mtime_ns == before
+
+
+def test_text_stays_that_of_plain_decoding_while_trees_change(home, tmp_path):
+    target = clear_target("llama")
+    model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")))
+    wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids
+    trees = set()
+    for _ in range(12):
+        trees.add(model.tree)
+        assert model.generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids == wanted
+    assert None in trees and len(trees) > 1  # a random drafter is given up
+
+
+def test_a_tree_that_was_asked_for_stays(tmp_path):
+    target = clear_target("llama")
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=SMALL)
+    for _ in range(6):
+        model.generate(PROMPT, max_new_tokens=60, ignore_eos=True)
+    assert model.tree == SMALL
