@@ -179,8 +179,7 @@ class Session:
         rows = packed.tolist()
         # Rows of a batch are at different lengths, and the shortest may not be the one that grew least.
         self._filled = self._filled + rows[0][0] if len(rows) == 1 else int(self.lengths.max())
-        if self.graphs is None:
-            self.watch.lap("rest")
+        self.watch.lap("rest" if self.graphs is None else "rounds")
         return RoundResult([row[1 : 1 + row[0]] for row in rows], logits)
 
     def advance(

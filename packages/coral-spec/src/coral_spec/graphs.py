@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # rounds that may be under way
 WARM_UPS = 2
+KEPT = 8  # captured rounds of a session: one for each way of sampling
 PROMPT_ROWS = 64  # tokens of a prompt read by one replay
 _Result = TypeVar("_Result")
 
@@ -165,6 +166,8 @@ class Graphs:
         if key not in self._rounds:
             found = self._capture(lambda: self._run(sampling, keep_logits))
             if found is not None:
+                while len(self._rounds) >= KEPT:  # the oldest ones, for requests with ever new temperatures
+                    del self._rounds[next(iter(self._rounds))]
                 self._rounds[key] = _Round(found[0], *found[1])
         return self._rounds.get(key)
 

@@ -23,7 +23,8 @@ class Statistics:
         prefill_seconds: until the first token.
         accept_lengths: draft tokens accepted in each round; a round is one target forward after prefill.
         depth: levels of the draft tree.
-        time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``.
+        time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``. Where rounds are
+            captured as CUDA graphs they are one part, ``rounds``, and the others are what came before them.
         cache_bytes: bytes held by the key-value caches.
     """
 

@@ -25,7 +25,9 @@ def run(
     prompts: Annotated[int, typer.Option(help="How many of the sample prompts.")] = 3,
     max_new_tokens: options.MaxNewTokens = 64,
     device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, in which not even rounding can change a word; bf16, fp16 or auto.")
+    ] = "fp32",
     plot: Annotated[Path, typer.Option(help="Where the bar chart (PNG) goes.")] = Path("coral-spec-demo.png"),
     json: options.Json = None,
 ) -> int:
