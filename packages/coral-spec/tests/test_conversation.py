@@ -87,3 +87,13 @@ def test_a_prefix_beyond_the_context_is_refused():
     prefix = load(tiny_target("llama", context=16), draft="none").prefix([3, 4, 5, 6])
     with pytest.raises(UsageError, match="context of 16"):
         prefix.generate([0], max_new_tokens=13, sampling=Sampling(temperature=1.0))
+
+
+def test_one_answer_at_a_time_and_one_given_up_is_no_hindrance(tmp_path):
+    conversation = drafting_model(tiny_target("llama", context=2048), tmp_path).chat()
+    first = iter(conversation.stream("tell me a tale", max_new_tokens=24, ignore_eos=True))
+    next(first)
+    with pytest.raises(UsageError, match="one at a time"):
+        conversation.send("and then", max_new_tokens=8)
+    first.close()
+    assert conversation.send("and then", max_new_tokens=8).token_ids

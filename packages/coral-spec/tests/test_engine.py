@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coral_spec.model import load
+from coral_spec.sampling import Sampling
 from coral_spec.tree import TreeShape
 from drafting import PROMPT, OracleDraft, clear_target, drafting_model
 from tiny import ARCHITECTURES, tiny_target
@@ -109,3 +110,17 @@ def test_the_tree_fits_a_long_prompt_prefilled_in_chunks(tmp_path, monkeypatch):
     ids = [3 + (7 * i) % 150 for i in range(60)]
     found = drafting_model(target, tmp_path).generate(ids, max_new_tokens=20, ignore_eos=True)
     assert found.token_ids == reference(target, ids, 20)
+
+
+@torch.inference_mode()
+def test_what_dropped_rounds_left_behind_survives_growing(tmp_path):
+    model = drafting_model(clear_target("llama"), tmp_path)
+    session, seeds = model.session(40), torch.zeros(1, dtype=torch.long)
+    session.begin(*session.prefill(PROMPT), 0, Sampling(), seeds)
+    session.launch(Sampling(), seeds)  # begun, and never collected
+    session.settle()
+    length = int(session.lengths)
+    assert session.filled == length > len(PROMPT)
+    before = session.cache.store(0).keys[:, :, :length].clone()
+    session.reserve(500)
+    assert torch.equal(session.cache.store(0).keys[:, :, :length], before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
@@ -99,11 +99,17 @@ class Answer:
         model: target, draft and context length.
         ids: the prompt.
         request: limits and stop conditions.
-        session: caches to go on with, of which the first ``keep`` positions hold this very prompt.
+        session: caches to go on with.
+        keep: asked when the answer begins: how many of the session's first positions hold this very prompt.
     """
 
     def __init__(
-        self, model: Model, ids: list[int], request: Request, session: Session | None = None, keep: int = 0
+        self,
+        model: Model,
+        ids: list[int],
+        request: Request,
+        session: Session | None = None,
+        keep: Callable[[], int] = lambda: 0,
     ) -> None:
         self._model, self._ids, self._request = model, ids, request
         self._limit = min(request.max_new_tokens, model.context_length - len(ids))
@@ -120,22 +126,45 @@ class Answer:
         self._reason: str | None = None
         self._pieces = self._run()
         self._seconds = self._prefill_seconds = 0.0
+        self._watch: Stopwatch | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (piece for piece in self._pieces if piece)
 
+    def close(self) -> None:
+        """Give the answer up: its caches are free for the next one."""
+        self._pieces.close()
+
     @torch.inference_mode()
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         started = time.perf_counter()
-        request, sampling = self._request, self._request.sampling
         capacity = len(self._ids) + self._limit
-        self._own = self._session is None
+        own = self._session is None
         session = self._session = self._session or self._model.session(capacity)
-        session.reserve(capacity)
+        if session.busy:
+            raise UsageError("the answer before this one is not finished: a conversation gives one at a time")
+        session.busy = True
+        try:
+            session.reserve(capacity)
+            yield from self._decode(session, started)
+        finally:  # also when the iteration is given up
+            session.settle()
+            session.busy = False
+            self._seconds = time.perf_counter() - started
+            if own:
+                self._model.release(session)
+        self._model.note(session, self._accepted)
+        rest = self._stream.finish()
+        self._seconds = time.perf_counter() - started
+        yield rest
+
+    def _decode(self, session: Session, started: float) -> Iterator[str]:
+        request, sampling = self._request, self._request.sampling
+        keep = self._keep()
         self._watch = session.watch = Stopwatch(session.device)
-        logits, features = session.prefill(self._ids, self._keep)
+        logits, features = session.prefill(self._ids, keep)
         seeds = torch.tensor([request.seed], device=session.device)
-        first = session.begin(logits, features, self._keep, sampling, seeds)
+        first = session.begin(logits, features, keep, sampling, seeds)
         self._prefill_seconds = time.perf_counter() - started
         if request.record_logits:
             self._logits.append(logits.to(torch.float32, copy=True))
@@ -159,13 +188,6 @@ class Answer:
                 kept = outcome.logits[0, : len(tokens)]  # the next round writes over it
                 self._logits.append(kept.to(torch.float32, copy=True))
             yield self._take(tokens)
-        session.settle()
-        self._model.note(session, self._accepted)
-        if self._own:
-            self._model.release(session)
-        rest = self._stream.finish()
-        self._seconds = time.perf_counter() - started
-        yield rest
 
     def _take(self, tokens: list[int]) -> str:
         pieces = []
@@ -195,7 +217,7 @@ class Answer:
             prefill_seconds=self._prefill_seconds,
             accept_lengths=self._accepted,
             depth=session.draft.depth,
-            time_split=self._watch.split(),
+            time_split=self._watch.split() if self._watch else {},
             cache_bytes=session.nbytes(),
         )
         logits = torch.cat(self._logits)[: len(self._tokens)].cpu() if self._logits else None

@@ -124,14 +124,19 @@ class Backbone:
 
     def _recognise(self) -> None:
         """Take the decoder apart, where the parts give what the whole gives."""
-        # A window is seen only far into a text, so it is believed of architectures that the test suite holds.
-        if self.config.model_type not in HELD and self._windows is not None:
+        # Some architectures look alike and differ far into a text only (windows, scaled queries), which no short probe
+        # sees: so only those that the test suite holds.
+        if self.config.model_type not in HELD:
             return
         found = recognise(self.decoder, self.context_length)
         if found is None:
             return
         self.layers, self._final_norm = found
-        if not self._difference() < PROBE_TOLERANCE.get(self.target.dtype, 0.1):
+        try:
+            difference = self._difference()
+        except RuntimeError:  # parts that do not fit together: the model runs as it is
+            difference = float("inf")
+        if not difference < PROBE_TOLERANCE.get(self.target.dtype, 0.1):
             self.layers = []
 
     def _require_own_logits(self) -> None:

@@ -28,7 +28,11 @@ class SlotStore:
 
     def write(self, key: Tensor, value: Tensor, slots: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Write ``(batch, kv_heads, new, head_dim)`` to ``slots (batch, new)``; return the first ``visible`` slots."""
-        self.allocate(key.shape[1], key.shape[3], key)
+        if self.keys is None and key.shape == value.shape:
+            self.allocate(key.shape[1], key.shape[3], key)
+        elif self.keys is None:
+            self.keys = key.new_zeros((*key.shape[:2], self.capacity, key.shape[3]))
+            self.values = value.new_zeros((*value.shape[:2], self.capacity, value.shape[3]))
         assert self.keys is not None and self.values is not None
         _scatter(self.keys, slots, key)
         _scatter(self.values, slots, value)
@@ -121,13 +125,17 @@ class StaticCache(Cache):
             lengths: ``(batch,)``.
             path: ``(batch, n)``, slots behind the prefix, the root's own first.
         """
-        first = next(iter(self.stores.values()))
-        if first.keys is not None and kernels.serve(first.keys[:, 0, :1]):
-            kernels.commit(self.addresses(), first.keys, lengths, path[0])
+        first = next(iter(self.stores.values())).keys
+        if first is not None and kernels.serve(first[:, 0, :1]) and self._alike(first):
+            kernels.commit(self.addresses(), first, lengths, path[0])
             return
         starts = lengths[:, None]
         for store in self.stores.values():
             store.move(starts + path, starts + torch.arange(path.shape[1], device=path.device))
+
+    def _alike(self, first: Tensor) -> bool:
+        buffers = [each for store in self.stores.values() for each in (store.keys, store.values)]
+        return all(each is not None and (each.shape, each.dtype) == (first.shape, first.dtype) for each in buffers)
 
     def addresses(self) -> Tensor:
         """Where all layers' keys and values begin: int64, on their device; kernels follow them."""

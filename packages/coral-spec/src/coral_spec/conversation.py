@@ -35,7 +35,7 @@ class Conversation:
         request = Request(**limits)
         if self._session is None:
             self._session = self.model.session(min(len(ids) + request.max_new_tokens, self.model.context_length))
-        return Turn(self, messages, Answer(self.model, ids, request, self._session, self._shared(ids)))
+        return Turn(self, messages, Answer(self.model, ids, request, self._session, lambda: self._shared(ids)))
 
     def send(self, text: str, **limits: Unpack[Limits]) -> Generation:
         """The user says ``text``; returns the whole answer."""
@@ -65,7 +65,10 @@ class Turn:
         self._conversation, self._messages, self._answer = conversation, messages, answer
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._answer
+        try:
+            yield from self._answer
+        finally:  # an iteration that is given up must not keep the next turn from beginning
+            self._answer.close()
         answer = {"role": "assistant", "content": self._answer.result().text}
         self._conversation.messages = [*self._messages, answer]
 

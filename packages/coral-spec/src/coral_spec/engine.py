@@ -44,7 +44,8 @@ class Session:
     Attributes:
         lengths: ``(batch,)``, tokens in the target's cache; the newest token stands behind them in ``history``.
         history: tokens by position, ``(batch, capacity)``.
-        graphs: captured rounds, where they are served: CUDA, one row, recognised layers.
+        graphs: captured rounds, where kernels serve all of them: CUDA, one row, recognised layers.
+        busy: an answer is on its way.
     """
 
     def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
@@ -58,7 +59,9 @@ class Session:
         self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(1, self.capacity, dtype=torch.long, device=self.device)
         self.watch = Stopwatch(self.device)
-        self.graphs = Graphs(self) if kernels.available(self.device) and backbone.layers else None
+        served = draft.slack <= kernels.MAX_ROWS and backbone.target.dtype in kernels.DTYPES and bool(backbone.layers)
+        self.graphs = Graphs(self) if served and kernels.available(self.device) else None
+        self.busy = False
         self._ready: list[tuple[Tensor, Tensor | None]] = []
         self._filled = 0
         self._levels = torch.arange(draft.depth + 1, device=self.device)
@@ -83,6 +86,7 @@ class Session:
         needed = capacity + self._margin
         if needed <= self.capacity:
             return
+        self.settle()
         batch, filled = self.history.shape[0], self._filled
         self.cache.resize(batch, needed, filled)
         self.draft.resize(batch, needed, filled)
@@ -229,9 +233,10 @@ class Session:
 
     def settle(self) -> None:
         """Let go of rounds that were begun and never collected; their tokens stay in the caches, unseen."""
+        under_way = bool(self._ready) if self.graphs is None else self.graphs.settle()
         self._ready.clear()
-        if self.graphs is not None:
-            self.graphs.settle()
+        if under_way:
+            self._filled = int(self.lengths.max())
 
     def state(self) -> list[Tensor]:
         """What a round changes, but for caches and for tokens behind the newest."""

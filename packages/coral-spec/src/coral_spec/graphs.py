@@ -8,6 +8,7 @@ launch the next round before that. Ours.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -74,7 +75,7 @@ class Graphs:
     """
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._session: Session = weakref.proxy(session)  # no cycle: caches are freed with the session
         self._rounds: dict[tuple[Sampling, bool], _Round] = {}
         self._prompt: _Prompt | None = None
         self._absorbed: _Absorbed | None = None
@@ -146,27 +147,33 @@ class Graphs:
             captured.graph.replay()
         return True
 
-    def settle(self) -> None:
-        """Wait for what is under way and drop it."""
+    def settle(self) -> bool:
+        """Wait for what is under way and drop it; whether there was anything."""
+        under_way = bool(self._under_way)
         while self._under_way:
             self.collect()
+        return under_way
 
     def forget(self) -> None:
         """Drop all graphs: buffers have moved."""
         self.settle()
         self._rounds.clear()
         self._prompt = self._absorbed = None
+        self._pool = None  # it goes with the last graph that used it
 
     def _run(self, sampling: Sampling, keep_logits: bool) -> tuple[Tensor, Tensor | None]:
         session = self._session
         return session.advance(sampling, self._seeds, keep_logits, session.room)
 
     def _round(self, sampling: Sampling, keep_logits: bool) -> _Round | None:
+        sampling = Sampling() if sampling.greedy else sampling
         key = sampling, keep_logits
-        if key not in self._rounds:
+        if key in self._rounds:
+            self._rounds[key] = self._rounds.pop(key)  # the last one is the one used last
+        else:
             found = self._capture(lambda: self._run(sampling, keep_logits))
             if found is not None:
-                while len(self._rounds) >= KEPT:  # the oldest ones, for requests with ever new temperatures
+                while len(self._rounds) >= KEPT:  # requests may come with ever new temperatures
                     del self._rounds[next(iter(self._rounds))]
                 self._rounds[key] = _Round(found[0], *found[1])
         return self._rounds.get(key)
@@ -201,23 +208,29 @@ class Graphs:
         before = [part.clone() for part in state]
         session.watch = watch.silent()
         stream: Any = torch.cuda.Stream(session.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(session.device))
+        current = torch.cuda.current_stream(session.device)
+        stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    run()
+                try:
+                    for _ in range(WARM_UPS):
+                        run()
+                finally:
                     for part, saved in zip(state, before, strict=True):
                         part.copy_(saved)
-            torch.cuda.current_stream(session.device).wait_stream(stream)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 result = run()
             self._pool = graph.pool()
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:  # out of memory above all
             self._refused = True
+            current.wait_stream(stream)
             self._rounds.clear()
+            self._prompt = self._absorbed = self._pool = None
             torch.cuda.empty_cache()
-            warnings.warn("no memory to capture rounds: they are launched one operation at a time", stacklevel=2)
+            reason = "no memory for it" if "out of memory" in str(error) else (str(error).splitlines() or [""])[0]
+            warnings.warn(f"rounds are not captured but launched one operation at a time: {reason}", stacklevel=2)
             return None
         finally:
             session.watch = watch

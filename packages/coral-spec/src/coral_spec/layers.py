@@ -9,6 +9,7 @@ model's own forward before it is used. Ours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,9 @@ class Norm:
 class Projection:
     """Linear layers of one input, multiplied together: ``(..., width)`` to their outputs side by side.
 
-    On CUDA the layers' own weights become views of the joint one, so that no weight is held twice. On a CPU the joint
-    weight exists in oneDNN's layout only (`coral_spec.packing`), or not at all where that does not pay.
+    On CUDA the layers' own weights become views of the joint one, so that no weight is held twice (a loaded model is
+    not to be changed afterwards). On a CPU the joint weight exists in oneDNN's layout only (`coral_spec.packing`), or
+    not at all where that does not pay.
 
     Args:
         linears: of one input width, all with a bias or none.
@@ -87,8 +89,12 @@ class Projection:
 
 
 def _join(linears: Sequence[nn.Linear]) -> Tensor:
-    if len(linears) == 1:
-        return linears[0].weight.detach()
+    first = linears[0].weight.detach()
+    ends = itertools.accumulate(each.weight.nbytes for each in linears)
+    begins = [first.data_ptr() + end for end in (0, *ends)]
+    if all(each.weight.data_ptr() == begin for each, begin in zip(linears, begins, strict=False)):
+        rows = sum(each.out_features for each in linears)  # joined before, or one alone
+        return first.as_strided((rows, first.shape[1]), first.stride())
     joint = torch.cat([each.weight.detach() for each in linears])
     for each, part in zip(linears, torch.split(joint, [each.out_features for each in linears]), strict=True):
         each.weight.data = part
@@ -255,6 +261,9 @@ def recognise(decoder: Any, positions: int) -> tuple[list[Layer], Norm] | None:
         decoder: as `transformers` built it.
         positions: rows of the rotary tables.
     """
+    weight = decoder.norm.weight if hasattr(decoder, "norm") else torch.empty(0)
+    if not all(_plain(each, weight) for each in decoder.modules() if isinstance(each, nn.Linear)):
+        return None
     pack = packing.pays(decoder)
     tables: dict[str | None, Rope] = {}
     try:
@@ -304,6 +313,16 @@ class FusedDrafter:
         return run([self.layer], None, self.fc(torch.cat([embeddings, features], dim=-1)), nodes, [store])
 
 
+def _plain(linear: nn.Linear, like: Tensor) -> bool:
+    """Whether a linear layer is its weight and bias and nothing more: no adapter, hook, quantisation or offloading."""
+    return (
+        type(linear) is nn.Linear
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and (linear.weight.dtype, linear.weight.device) == (like.dtype, like.device)
+    )
+
+
 class _Unknown(Exception):
     """A part that is not what it seems to be."""
 
@@ -320,6 +339,9 @@ def _read_layer(decoder: Any, layer: Any, positions: int, tables: dict[str | Non
         raise _Unknown
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise _Unknown
+    for linears in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        if len({each.bias is None for each in linears}) > 1:
+            raise _Unknown
     sizes = attention.q_proj.out_features, attention.k_proj.out_features
     head_dim = attention.head_dim
     window = getattr(config, "sliding_window", None)
@@ -329,6 +351,10 @@ def _read_layer(decoder: Any, layer: Any, positions: int, tables: dict[str | Non
     if kind is None and getattr(config, "layer_types", None):
         kind = config.layer_types[attention.layer_idx]
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    head_norms = [None if each is None else _read_norm(each) for each in norms]
+    shapes = {None if each is None else (each.eps, tuple(each.weight.shape)) for each in head_norms}
+    if len(shapes) > 1 or (head_norms[0] is not None and head_norms[0].weight.shape != (head_dim,)):
+        raise _Unknown
     return Layer(
         input_norm=_read_norm(layer.input_layernorm),
         attention=Attention(
@@ -338,10 +364,10 @@ def _read_layer(decoder: Any, layer: Any, positions: int, tables: dict[str | Non
             kv_heads=sizes[1] // head_dim,
             head_dim=head_dim,
             scaling=float(attention.scaling),
-            rope=_rope_of(decoder, kind, positions, tables),
+            rope=_rope_of(decoder, kind, positions, head_dim, tables),
             window=window if kind in (None, "sliding_attention") else None,
-            query_norm=None if norms[0] is None else _read_norm(norms[0]),
-            key_norm=None if norms[1] is None else _read_norm(norms[1]),
+            query_norm=head_norms[0],
+            key_norm=head_norms[1],
         ),
         attention_norm=_read_norm(layer.post_attention_layernorm) if gemma else None,
         mlp_norm=_read_norm(layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm),
@@ -356,7 +382,7 @@ def _read_norm(module: Any) -> Norm:
     """Weight and epsilon of a norm, whether its class multiplies by the weight or by one more than it."""
     eps = getattr(module, "variance_epsilon", None) or module.eps
     weight = module.weight.detach()
-    probe = torch.linspace(-2.0, 2.0, weight.numel(), device=weight.device, dtype=torch.float32)[None]
+    probe = torch.linspace(-1.0, 3.0, weight.numel(), device=weight.device, dtype=torch.float32)[None]
     found = module(probe)
     for candidate in (weight, 1.0 + weight.float()):
         expected = functional.rms_norm(probe, weight.shape, candidate.float(), eps)
@@ -365,7 +391,7 @@ def _read_norm(module: Any) -> Norm:
     raise _Unknown
 
 
-def _rope_of(decoder: Any, kind: str | None, positions: int, tables: dict[str | None, Rope]) -> Rope:
+def _rope_of(decoder: Any, kind: str | None, positions: int, head_dim: int, tables: dict[str | None, Rope]) -> Rope:
     """The table of a layer type, made once per decoder."""
     embedding, weight = decoder.rotary_emb, decoder.norm.weight
     types = embedding.rope_type
@@ -375,4 +401,6 @@ def _rope_of(decoder: Any, kind: str | None, positions: int, tables: dict[str | 
     if key not in tables:
         like = weight.new_zeros(1)
         tables[key] = Rope(lambda at: embedding(like, at, *([] if key is None else [key])), positions, weight.device)
+    if tables[key].cos.shape[1] != head_dim or tables[key].cos.dtype != weight.dtype:
+        raise _Unknown
     return tables[key]

@@ -241,6 +241,7 @@ class Model:
                 if idle.room >= capacity:
                     self._idle.remove(idle)
                     return idle
+            self._idle.clear()  # too small: its memory may be needed
             capacity = max(SMALLEST_SESSION, 1 << (capacity - 1).bit_length())
         return Session(self._backbone, self._make_draft(self.tree), capacity)
 

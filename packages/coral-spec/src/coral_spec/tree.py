@@ -150,7 +150,7 @@ class Pool:
             level.
         """
         first = self.size
-        if kernels.serve(log_probs):
+        if kernels.serve(log_probs) and self.width**2 <= kernels.MAX_CANDIDATES:
             self.size += self.width**2
             return self._extend_by_kernel(frontier, log_probs, children, first, last)
         totals = (frontier.scores[:, :, None] + log_probs).flatten(1)
@@ -187,7 +187,8 @@ class Pool:
 
     def rerank(self, root: Tensor, budget: int, depth: int) -> Tree:
         """The tree of the ``budget`` best candidates under ``root (batch,)``."""
-        if kernels.serve(self.scores[:, None, :1]):
+        served = budget < kernels.MAX_ROWS and self.scores.shape[1] <= kernels.MAX_CANDIDATES
+        if served and kernels.serve(self.scores[:, None, :1]):
             from coral_spec.kernels import tree
 
             pool = self.tokens, self.scores, self.parents

@@ -117,3 +117,23 @@ def test_a_prefix_may_be_split_over_any_number_of_programs(count, window):
     for splits, least in ((2, 1), (8, 1), (8, 2), (32, 1)):
         torch.testing.assert_close(run(splits, least), whole, rtol=1e-4, atol=1e-5)
         assert not counter.any()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_gate_and_up_have_their_own_biases(rows):
+    from coral_spec.kernels.linear import linear
+
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, 32), (80, 32), (80,)))
+    gate, up = torch.nn.functional.linear(states, weight, bias).chunk(2, dim=-1)
+    found = linear(states.to(DEVICE), weight.to(DEVICE), bias=bias.to(DEVICE), activation="silu").states
+    torch.testing.assert_close(found.cpu(), torch.nn.functional.silu(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+def test_tiles_shrink_until_they_fit_a_smaller_card():
+    from coral_spec.kernels.linear import choose_tiles, fit_tiles
+
+    tiles = choose_tiles(61, 576, 1536, False)
+    assert fit_tiles(tiles, 61, False, 2, 227 * 1024) == tiles
+    small = fit_tiles(tiles, 61, True, 2, 99 * 1024)
+    assert small.stages * (64 + 2 * small.outputs) * small.width * 2 <= 99 * 1024

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from coral_spec.cache import SlotStore
     from coral_spec.layers import Layer, Nodes, Norm
 
+MAX_CANDIDATES = 2048  # of a tree, sorted by one program
 MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
-DTYPES = (torch.bfloat16, torch.float32, torch.bool)  # the last for the bookkeeping of trees
+DTYPES = (torch.bfloat16, torch.float32)
 
 
 def serve(states: Tensor) -> bool:
@@ -30,7 +31,7 @@ def serve(states: Tensor) -> bool:
         and states.dim() == 3
         and states.shape[0] == 1
         and states.shape[1] <= MAX_ROWS
-        and states.dtype in DTYPES
+        and states.dtype in (*DTYPES, torch.bool)  # the last for the bookkeeping of trees
         and available(states.device)
     )
 
@@ -44,6 +45,8 @@ def available(device: torch.device) -> bool:
         reason = "Triton is not installed"
     elif torch.cuda.get_device_capability(device) < (8, 0):
         reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    elif device.index not in (None, torch.cuda.current_device()):
+        reason = f"{device} is not the current device (CUDA_VISIBLE_DEVICES={device.index} makes it the first)"
     else:
         return True
     warnings.warn(f"{reason}: the slower torch path is taken", stacklevel=2)

@@ -1,10 +1,10 @@
 """Tree attention of one layer: head norms, rotary embedding, cache write and masked attention in one launch.
 
-The filled prefix is read once for all nodes and query heads of a key's head, only as far as it is filled (the length
-is read on the device, so one captured graph serves every length), split over programs; the one of the prefix's end
-takes the new nodes too, whose keys it writes to the cache. The last program of a head to finish joins the partial
-results in a fixed order, so the result does not depend on which one that is. Ours, after flash-decoding (Dao et al.,
-2023).
+The filled prefix is read for up to 64 rows at once - nodes times query heads of a key's head -, only as far as it is
+filled (the length is read on the device, so one captured graph serves every length), split over programs; the one of
+the prefix's end takes the new nodes too, whose keys it writes to the cache. The last program of a head to finish joins
+the partial results in a fixed order, so the result does not depend on which one that is. Ours, after flash-decoding
+(Dao et al., 2023).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr,
 ):  # fmt: skip
-    head, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     stride: tl.constexpr = (GROUPS + 2) * KV_HEADS * SIZE
     dtype = tl.float32 if CAST else keys_ptr.dtype.element_ty

@@ -8,7 +8,8 @@ divides its result by their size. Ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,8 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         up *= size
     if BIAS:
         result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)[None, :]
     if GATED:
         result = _activate(result, GELU) * up
     at = row[:, None] * outputs + column[None, :]
@@ -137,6 +140,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         up *= size
     if BIAS:
         result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)
     if GATED:
         result = _activate(result, GELU) * up
     if RESIDUAL:
@@ -200,6 +205,29 @@ def choose_tiles(rows: int, outputs: int, width: int, wide: bool) -> Tiles:
     return Tiles(16, 64, 2 if rows <= 16 else 4, 4)
 
 
+def fit_tiles(tiles: Tiles, rows: int, gated: bool, itemsize: int, room: int) -> Tiles:
+    """``tiles`` with fewer loads in flight, then shorter steps, until they fit ``room`` bytes of shared memory."""
+    if rows == 1:
+        return tiles  # in registers
+    columns = max(16, triton.next_power_of_2(rows)) + tiles.outputs * (2 if gated else 1)
+    while tiles.stages * columns * tiles.width * itemsize > room:
+        if tiles.stages > 2:
+            tiles = replace(tiles, stages=tiles.stages - 1)
+        elif tiles.width > 32:
+            tiles = replace(tiles, width=tiles.width // 2)
+        else:
+            break
+    return tiles
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have; without a GPU, those of an H100."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
+
+
 def linear(
     states: Tensor,
     weight: Tensor,
@@ -218,7 +246,7 @@ def linear(
     Args:
         states: contiguous ``(rows, width)``, at most 64 rows.
         weight: contiguous ``(outputs, width)``; with ``activation``, gate and up ``(2 * outputs, width)``.
-        bias: ``(outputs,)``.
+        bias: ``(outputs,)``, or as many as ``weight`` has rows.
         squares, eps: of :class:`Rows`, when ``states`` are rows scaled for a norm with this epsilon.
         residual: ``(rows, outputs)``, added.
         activation: ``silu`` or ``gelu_pytorch_tanh``: the result is ``activation(gate) * up``.
@@ -231,7 +259,9 @@ def linear(
     """
     rows, width = states.shape
     outputs = weight.shape[0] // (2 if activation else 1)
-    tiles = tiles or choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
+    if tiles is None:
+        tiles = choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
+        tiles = fit_tiles(tiles, rows, activation is not None, states.element_size(), shared_memory(states.device))
     programs = triton.cdiv(outputs, tiles.outputs)
     out = _room(states, outputs, programs, next_norm is not None)
     flags = {
