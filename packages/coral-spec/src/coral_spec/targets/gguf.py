@@ -80,7 +80,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
         raise UsageError(f'{path}: GGUF architecture "{architecture}" is not known; known are {", ".join(known)}')
     with quiet_transformers(), tempfile.TemporaryDirectory() as empty:
         try:
-            with redirect_stderr(io.StringIO()), _parsing_once():  # the loader's own bar obeys no setting
+            with (
+                redirect_stderr(io.StringIO()),
+                _parsing_once(),
+                _eos_without_bos(header),
+            ):  # the loader's own bar obeys no setting
                 model, missing, tokenizer = _load(_alone(path, Path(empty)))
         except ImportError as error:
             raise UsageError(f"GGUF files need the packages gguf and accelerate ({first_line(error)})") from None
@@ -121,6 +125,24 @@ def _parsing_once() -> Iterator[None]:
         module.GGUFReader, module.get_tensor_name_map = reader, table
 
 
+@contextmanager
+def _eos_without_bos(header: Mapping[str, Any]) -> Iterator[None]:
+    """Up to 5.17 the loader looks for the end-of-text token by the id of the beginning-of-text one, which some files
+    have not: lend it the right id."""
+    from transformers.integrations import ggml
+
+    skeleton: Any = getattr(ggml, "GGUFTokenizerSkeleton", None)
+    name, end = "bos_token_id", header.get("tokenizer.ggml.eos_token_id")
+    if skeleton is None or end is None or f"tokenizer.ggml.{name}" in header:
+        yield
+        return
+    setattr(skeleton, name, end)
+    try:
+        yield
+    finally:
+        delattr(skeleton, name)
+
+
 def _load(path: Path) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     """The dense bf16 model, the names of weights that the file lacks, and the tokenizer."""
     import torch
@@ -148,6 +170,8 @@ def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, An
     special = {name: header[key] for key, name in _SPECIAL.items() if key in header}
     for name, index in special.items():
         setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    if "bos_token" not in special:
+        tokenizer.bos_token = None
     for name in ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id", "model_type", "legacy"):
         tokenizer.init_kwargs.pop(name, None)  # leftovers of the loader, which would be saved
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
