@@ -11,6 +11,7 @@ from coral_spec.tuning.costs import StepCosts
 
 TYPICAL = 1.3  # hardness to begin with: the profile's long answers to simple prompts are easier than most text
 MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
+NEAR = 0.98  # shapes within this share of the best count as good as it
 GAIN = 1.03  # another shape must promise this much more: an engine that captures its rounds pays for every new shape
 
 
@@ -42,12 +43,16 @@ def expect(shape: TreeShape | None, costs: StepCosts, acceptance: Acceptance, ha
 def choose(costs: StepCosts, acceptance: Acceptance, hardness: float = TYPICAL, *, plain: bool = True) -> Choice:
     """The best of the profile's shapes and, with ``plain``, of not drafting at all.
 
+    Of shapes that are as good, the one with the shortest rounds: it loses least on text that is harder than expected.
+
     Products of small matrices cost in steps, so only numbers of rows that were timed themselves are trusted.
     """
     timed = [shape for shape in acceptance.survival if shape.budget + 1 in costs.verify]
     shapes = [*timed, *([None] if plain else [])]
-    choices = (expect(shape, costs, acceptance, hardness) for shape in shapes)
-    return max(choices, key=lambda choice: choice.tokens_per_second)
+    choices = [expect(shape, costs, acceptance, hardness) for shape in shapes]
+    best = max(choice.tokens_per_second for choice in choices)
+    near = [choice for choice in choices if choice.tokens_per_second >= NEAR * best]
+    return min(near, key=lambda choice: choice.milliseconds)
 
 
 class Tuner:
