@@ -232,14 +232,7 @@ class Layer:
 def run(
     layers: Sequence[Layer], final: Norm | None, states: Tensor, nodes: Nodes, stores: Sequence[SlotStore]
 ) -> Tensor:
-    """Layers one after another, and the norm behind them: ``(batch, nodes, width)`` to the same.
-
-    Args:
-        layers, stores: each layer with its keys and values.
-        final: None leaves the states as they are.
-        states: the nodes' embeddings.
-        nodes: where they stand and what they see.
-    """
+    """Layers one after another, and the norm behind them: ``(batch, nodes, width)`` to the same (no norm: None)."""
     if kernels.serve(states):
         return kernels.decode(layers, final, states, nodes, stores)
     for layer, store in zip(layers, stores, strict=True):
