@@ -67,7 +67,6 @@ class Projection:
     """
 
     def __init__(self, linears: Sequence[nn.Linear], pack: bool) -> None:
-        self.outputs = sum(each.out_features for each in linears)
         self.weight: Tensor | None = None
         self.bias = None if linears[0].bias is None else torch.cat([each.bias.detach() for each in linears])
         self._parts, self._packed = linears, None
