@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from coral_spec import kernels
 from coral_spec.cache import StaticCache, cache_argument
 from coral_spec.layers import Layer, Nodes, recognise, run
 from coral_spec.masks import additive, chain_ancestors, visibility, within_window
@@ -36,6 +37,7 @@ class Backbone:
         context_length: tokens that prompt and answer may have together.
         hidden_size: width of the features.
         vocab_size: rows of the head.
+        table: weight ``(vocab, hidden)`` and scale of the embeddings; None where they are more than that.
     """
 
     def __init__(self, target: Target) -> None:
@@ -46,6 +48,7 @@ class Backbone:
         if self.decoder is None or self.output is None:
             raise UsageError(f"{target.name} ({self.config.model_type}) has no separate decoder and head to draft for")
         self.embedding = model.get_input_embeddings()
+        self.table = _table(self.embedding)
         self.hidden_size, self.vocab_size = int(self.output.weight.shape[1]), int(self.output.weight.shape[0])
         self.context_length = int(min(target.context_length, _steady_context(self.config)))
         self._cache_argument = cache_argument(self.decoder)
@@ -64,7 +67,7 @@ class Backbone:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``(..., vocab)`` of features ``(..., hidden)``, in the working dtype."""
-        return self.finish_logits(self.head_projection(hidden))
+        return self.finish_logits(kernels.multiply(self.head_projection, hidden))
 
     def finish_logits(self, logits: Tensor) -> Tensor:
         """See :func:`finish_logits`."""
@@ -93,13 +96,12 @@ class Backbone:
         """
         count = tokens.shape[1]
         keys = min(cache.capacity, -(-(filled + count) // 64) * 64)
-        slots = lengths[:, None] + torch.arange(count, device=tokens.device)
         positions = positions.clamp(max=self.context_length - 1)
         if self.layers:
-            nodes = Nodes(positions, ancestors, lengths, 0, slots, keys, self.target.dtype)
+            nodes = Nodes(positions, ancestors, lengths, 0, keys, self.target.dtype)
             stores = [cache.store(index) for index in range(len(self.layers))]
             return run(self.layers, self._final_norm, self.embed(tokens), nodes, stores)
-        cache.aim(slots, keys)
+        cache.aim(lengths[:, None] + torch.arange(count, device=tokens.device), keys)
         visible = visibility(ancestors, lengths, keys)
         output = self.decoder(
             input_ids=tokens,
@@ -169,6 +171,17 @@ class Backbone:
         positions = lengths[:, None] + torch.arange(length, device=tokens.device)
         ancestors = chain_ancestors(1, length, tokens.device)
         return self.forward(tokens, positions, ancestors, lengths, cache, start)
+
+
+@torch.inference_mode()
+def _table(embedding: Any) -> tuple[Tensor, float] | None:
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(embedding, nn.Embedding) or weight is None or embedding._forward_hooks:
+        return None
+    weight = weight.detach()
+    ids = torch.arange(min(8, weight.shape[0]), device=weight.device)
+    scale = float(torch.as_tensor(getattr(embedding, "embed_scale", 1.0)).to(weight.dtype))  # Gemma's
+    return (weight, scale) if torch.equal(embedding(ids), weight[ids] * scale) and weight.is_contiguous() else None
 
 
 def finish_logits(config: Any, logits: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.cache import SlotStore
 from coral_spec.heads import ProposalHead
 from coral_spec.layers import FusedDrafter, Nodes
 from coral_spec.masks import chain_ancestors
 from coral_spec.statistics import Stopwatch
-from coral_spec.tree import Pool, Tree, TreeShape
+from coral_spec.tree import Pool, Start, Tree, TreeShape
 
 PREFILL_CHUNK = 512
 
@@ -177,6 +178,9 @@ class DrafterDraft:
         self._backbone, self._layers = backbone, drafter
         self._store = SlotStore(0)
         self._feature: Tensor = torch.empty(0)  # (batch, hidden): predicted for the newest token
+        device = backbone.target.device
+        self._committed = chain_ancestors(1, shape.depth + 1, device)
+        self._start = Start(shape.width, device)
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :class:`Draft`."""
@@ -189,10 +193,13 @@ class DrafterDraft:
         total = tokens.shape[1]
         for begin in range(0, total, PREFILL_CHUNK):
             end = min(begin + PREFILL_CHUNK, total)
-            ancestors = chain_ancestors(tokens.shape[0], end - begin, tokens.device)
-            output = self._forward(
-                tokens[:, begin:end], features[:, begin:end], starts + begin, 0, ancestors, filled + begin
-            )
+            batch, count = tokens.shape[0], end - begin
+            if count == self.depth + 1:
+                ancestors = self._committed.expand(batch, -1, -1)
+            else:
+                ancestors = chain_ancestors(batch, count, tokens.device)
+            at = starts + begin if begin else starts
+            output = self._forward(tokens[:, begin:end], features[:, begin:end], at, ancestors, filled + begin)
         last = (counts - 1 - begin)[:, None, None].expand(-1, 1, output.shape[2])
         feature = output.gather(1, last)[:, 0]
         if self._feature.shape == feature.shape:  # in place: captured graphs know it by its address
@@ -205,35 +212,58 @@ class DrafterDraft:
         return [self._feature]
 
     def _forward(
-        self, tokens: Tensor, features: Tensor, lengths: Tensor, offset: int, ancestors: Tensor, filled: int
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        lengths: Tensor,
+        ancestors: Tensor,
+        filled: int,
+        *,
+        level: int | None = None,
+        above: Tensor | None = None,
     ) -> Tensor:
-        """Entries written ``offset`` slots behind the prefix; ``ancestors (batch, n, offset + n)``."""
-        count = tokens.shape[1]
+        """Predicted features ``(batch, n, hidden)``; entries are written behind those that ``ancestors`` has more of.
+
+        Args:
+            tokens: ``(batch, n)``.
+            features: ``(batch, m, hidden)``; ``above (batch, n)`` says which, or one for all, or one for each.
+            lengths: ``(batch,)``, filled prefix.
+            ancestors: bool ``(batch, n, offset + n)``.
+            filled: the largest of ``lengths``.
+            level: of a tree, whose entries all stand at the same position; None: entries follow one another.
+        """
+        backbone, count = self._backbone, tokens.shape[1]
+        offset, limit = ancestors.shape[2] - count, self._layers.positions
         visible = min(self._store.capacity, -(-(filled + offset + count) // 64) * 64)
-        slots = lengths[:, None] + torch.arange(offset, offset + count, device=tokens.device)
-        # A chain's entries follow one another; a tree level's entries all stand at the level's position.
-        positions = (lengths[:, None] + ancestors.sum(dim=-1) - 1).clamp(max=self._layers.positions - 1)
-        nodes = Nodes(positions, ancestors, lengths, offset, slots, visible, features.dtype)
-        return self._layers(self._backbone.embed(tokens), features, nodes, self._store)
+        if kernels.serve(features) and count <= kernels.MAX_ROWS and backbone.table is not None:
+            inputs, positions = kernels.gather_inputs(tokens, backbone.table, features, above, lengths, level, limit)
+        else:
+            if above is not None:
+                features = features.gather(1, above[:, :, None].expand(-1, -1, features.shape[2]))
+            inputs = torch.cat([backbone.embed(tokens), features.expand(-1, count, -1)], dim=-1)
+            steps = torch.arange(count, device=tokens.device) if level is None else tokens.new_full((count,), level)
+            positions = (lengths[:, None] + steps).clamp(max=limit - 1)
+        nodes = Nodes(positions, ancestors, lengths, offset, visible, features.dtype)
+        return self._layers(inputs, nodes, self._store)
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`."""
-        shape, width = self.shape, self.shape.width
-        batch, device = lengths.shape[0], lengths.device
+        shape = self.shape
         root = history.gather(1, lengths[:, None])[:, 0]
-        pool = Pool(batch, shape, device)
+        pool = Pool(lengths.shape[0], shape, lengths.device)
+        features, above = self._feature[:, None], None
         watch.lap("drafter")
-        log_probs, children = self._children(self._feature[:, None], watch)
-        frontier = pool.start(log_probs[:, 0], children[:, 0])
-        features = self._feature[:, None].expand(-1, width, -1)
+        log_probs, children = self._children(features, watch)
+        frontier = pool.start(log_probs[:, 0], children[:, 0], self._start)
         for level in range(shape.depth - 1):
-            predicted = self._forward(frontier.tokens, features, lengths, level * width, frontier.ancestors, filled)
+            features = self._forward(
+                frontier.tokens, features, lengths, frontier.ancestors, filled, level=level, above=above
+            )
             watch.lap("drafter")
-            log_probs, children = self._children(predicted, watch)
+            log_probs, children = self._children(features, watch)
             grown = pool.extend(frontier, log_probs, children, last=level == shape.depth - 2)
             if grown is not None:
                 frontier, above = grown
-                features = predicted.gather(1, above[:, :, None].expand(-1, -1, predicted.shape[2]))
         return pool.rerank(root, shape.budget, shape.depth)
 
     def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:

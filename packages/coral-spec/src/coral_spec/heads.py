@@ -70,5 +70,5 @@ class FrequencyHead:
 
     def top(self, features: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See :class:`ProposalHead`."""
-        logits = self._backbone.finish_logits(self._slab(features))
+        logits = self._backbone.finish_logits(kernels.multiply(self._slab, features))
         return _top_log_probs(logits, count, self._ids)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +92,9 @@ def _join(linears: Sequence[nn.Linear]) -> Tensor:
     first = linears[0].weight.detach()
     ends = itertools.accumulate(each.weight.nbytes for each in linears)
     begins = [first.data_ptr() + end for end in (0, *ends)]
-    if all(each.weight.data_ptr() == begin for each, begin in zip(linears, begins, strict=False)):
+    # Neighbours in memory may still be two allocations.
+    one = len({each.weight.untyped_storage().data_ptr() for each in linears}) == 1
+    if one and all(each.weight.data_ptr() == begin for each, begin in zip(linears, begins, strict=False)):
         rows = sum(each.out_features for each in linears)  # joined before, or one alone
         return first.as_strided((rows, first.shape[1]), first.stride())
     joint = torch.cat([each.weight.detach() for each in linears])
@@ -126,7 +129,6 @@ class Nodes:
         ancestors: bool ``(batch, nodes, offset + nodes)``: slots behind the prefix that a node sees, its own included.
         lengths: ``(batch,)``, filled prefix.
         offset: slots behind the prefix that earlier nodes of the same tree hold.
-        slots: ``(batch, nodes)``, cache slots of the nodes: from ``lengths + offset`` on.
         visible: leading cache slots that hold all that is seen, known to the host.
         dtype: of the masks.
     """
@@ -135,11 +137,16 @@ class Nodes:
     ancestors: Tensor
     lengths: Tensor
     offset: int
-    slots: Tensor
     visible: int
     dtype: torch.dtype
     _turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """Cache slots of the nodes, ``(batch, nodes)``: from ``lengths + offset`` on."""
+        own = torch.arange(self.offset, self.offset + self.positions.shape[1], device=self.lengths.device)
+        return self.lengths[:, None] + own
 
     def turn(self, rope: Rope) -> tuple[Tensor, Tensor]:
         """See :meth:`Rope.at`; the same for all layers."""
@@ -300,9 +307,9 @@ class FusedDrafter:
             activation="silu",
         )
 
-    def __call__(self, embeddings: Tensor, features: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
-        """Predicted features: see `coral_spec.drafter.Drafter.forward`."""
-        return run([self.layer], None, self.fc(torch.cat([embeddings, features], dim=-1)), nodes, [store])
+    def __call__(self, inputs: Tensor, nodes: Nodes, store: SlotStore) -> Tensor:
+        """Predicted features ``(batch, n, hidden)`` from embeddings beside features ``(batch, n, 2 * hidden)``."""
+        return run([self.layer], None, self.fc(inputs), nodes, [store])
 
 
 def _plain(linear: nn.Linear, like: Tensor) -> bool:

@@ -113,6 +113,19 @@ class Frontier:
     ancestors: Tensor
 
 
+class Start:
+    """What the first frontiers of all trees of a width have in common.
+
+    Attributes:
+        index: places in the pool ``(1, width)``.
+        own: bool ``(1, width, width)``: every node is its own only ancestor.
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.index = torch.arange(width, device=device)[None]
+        self.own = torch.eye(width, dtype=torch.bool, device=device)[None]
+
+
 class Pool:
     """All candidates of a growing tree, level by level.
 
@@ -125,20 +138,20 @@ class Pool:
         self.width, self.size = shape.width, 0
         self.tokens = torch.empty(batch, shape.pool, dtype=torch.long, device=device)
         self.scores = torch.empty(batch, shape.pool, dtype=torch.float32, device=device)
-        self.parents = torch.empty(batch, shape.pool, dtype=torch.long, device=device)
+        self.parents = torch.full((batch, shape.pool), -1, dtype=torch.long, device=device)
 
-    def _add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
+    def _add(self, tokens: Tensor, scores: Tensor, parents: Tensor | None) -> None:
         place = slice(self.size, self.size + tokens.shape[1])
-        self.tokens[:, place], self.scores[:, place], self.parents[:, place] = tokens, scores, parents
+        self.tokens[:, place], self.scores[:, place] = tokens, scores
+        if parents is not None:
+            self.parents[:, place] = parents
         self.size = place.stop
 
-    def start(self, log_probs: Tensor, children: Tensor) -> Frontier:
+    def start(self, log_probs: Tensor, children: Tensor, start: Start | None = None) -> Frontier:
         """The root's children ``(batch, width)``, all expanded next."""
-        self._add(children, log_probs, torch.full_like(children, -1))
-        batch, device = children.shape[0], children.device
-        index = torch.arange(self.width, device=device).expand(batch, -1)
-        own = torch.eye(self.width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-        return Frontier(children, log_probs, index, own)
+        self._add(children, log_probs, None)
+        batch, start = children.shape[0], start or Start(self.width, children.device)
+        return Frontier(children, log_probs, start.index.expand(batch, -1), start.own.expand(batch, -1, -1))
 
     def extend(
         self, frontier: Frontier, log_probs: Tensor, children: Tensor, *, last: bool

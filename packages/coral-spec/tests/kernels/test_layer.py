@@ -42,9 +42,8 @@ def some_nodes(count: int, offset: int, length: int, dtype: torch.dtype) -> Node
     ancestors[0, :, offset:] |= torch.eye(count).bool()
     depth = torch.randint(0, 4, (1, count), generator=generator).sort().values
     lengths = torch.tensor([length])
-    slots = lengths[:, None] + offset + torch.arange(count)
     parts = (part.to(DEVICE) for part in (lengths + depth, ancestors, lengths))
-    return Nodes(*parts, offset, slots.to(DEVICE), CAPACITY, dtype)
+    return Nodes(*parts, offset, CAPACITY, dtype)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -86,7 +85,7 @@ def test_in_bf16_a_layer_is_as_near_to_fp32_as_its_reference(architecture, count
 @pytest.mark.parametrize("window", [None, 150])
 @pytest.mark.parametrize("count", [1, 9])
 def test_a_prefix_may_be_split_over_any_number_of_programs(count, window):
-    from coral_spec.kernels.attention import attend
+    from coral_spec.kernels.attention import Blocks, attend
 
     generator = torch.Generator().manual_seed(0)
     nodes, heads, kv_heads, size, capacity = some_nodes(count, 0, 300, torch.float32), 4, 2, 16, 512
@@ -95,7 +94,7 @@ def test_a_prefix_may_be_split_over_any_number_of_programs(count, window):
     keys, values = (torch.randn(1, kv_heads, capacity, size, generator=generator).to(DEVICE) for _ in range(2))
     counter = torch.zeros(16, dtype=torch.int32, device=DEVICE)
 
-    def run(splits: int, least_blocks: int) -> torch.Tensor:
+    def run(splits: int, least: int, queries: int = 16, step: int = 32) -> torch.Tensor:
         return attend(
             qkv,
             angles.cos(),
@@ -109,14 +108,14 @@ def test_a_prefix_may_be_split_over_any_number_of_programs(count, window):
             offset=0,
             scaling=0.25,
             window=window,
-            splits=splits,
-            least_blocks=least_blocks,
+            blocks=Blocks(queries, step, 4, 2, least, splits),
         )
 
     whole = run(1, 1)
     for splits, least in ((2, 1), (8, 1), (8, 2), (32, 1)):
         torch.testing.assert_close(run(splits, least), whole, rtol=1e-4, atol=1e-5)
         assert not counter.any()
+    torch.testing.assert_close(run(2, 1, queries=32, step=64), whole, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -137,3 +136,21 @@ def test_tiles_shrink_until_they_fit_a_smaller_card():
     assert fit_tiles(tiles, 61, False, 2, 227 * 1024) == tiles
     small = fit_tiles(tiles, 61, True, 2, 99 * 1024)
     assert small.stages * (64 + 2 * small.outputs) * small.width * 2 <= 99 * 1024
+
+
+@pytest.mark.parametrize("depth", [None, 0, 3])
+@pytest.mark.parametrize("scale", [1.0, 5.5])
+def test_a_drafters_inputs_are_embeddings_beside_features(depth, scale):
+    from coral_spec.kernels.inputs import gather_inputs
+
+    generator = torch.Generator().manual_seed(0)
+    table, features = (torch.randn(rows, 48, generator=generator).to(DEVICE) for rows in (30, 5))
+    tokens, above = (torch.tensor(each, device=DEVICE) for each in ([29, 0, 7, 7], [4, 0, 0, 2]))
+    lengths = torch.tensor([20], device=DEVICE)
+    found, positions = gather_inputs(tokens, table, features, above, lengths, depth=depth, limit=23, scale=scale)
+    torch.testing.assert_close(found, torch.cat([table[tokens] * scale, features[above]], dim=1))
+    assert positions.tolist() == [min(20 + (row if depth is None else depth), 22) for row in range(4)]
+    shared, _ = gather_inputs(tokens, table, features[:1], None, lengths, depth=depth, limit=23)
+    torch.testing.assert_close(shared, torch.cat([table[tokens], features[:1].expand(4, -1)], dim=1))
+    own, _ = gather_inputs(tokens, table, features[:4], None, lengths, depth=depth, limit=23)
+    torch.testing.assert_close(own, torch.cat([table[tokens], features[:4]], dim=1))

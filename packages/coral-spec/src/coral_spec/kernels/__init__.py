@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from coral_spec.cache import SlotStore
@@ -67,6 +67,32 @@ def project(states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     from coral_spec.kernels.linear import linear
 
     return linear(states[0].contiguous(), weight, bias=bias).states[None]
+
+
+def multiply(linear: nn.Module, states: Tensor) -> Tensor:
+    """``linear(states)``; by a kernel where it serves the states, and the module is a linear layer and no more."""
+    if type(linear) is nn.Linear and not linear._forward_hooks and serve(states):
+        return project(states, linear.weight, linear.bias)
+    return linear(states)  # type: ignore[no-any-return]
+
+
+def gather_inputs(
+    tokens: Tensor,
+    table: tuple[Tensor, float],
+    features: Tensor,
+    above: Tensor | None,
+    lengths: Tensor,
+    level: int | None,
+    limit: int,
+) -> tuple[Tensor, Tensor]:
+    """A drafter's inputs ``(1, nodes, 2 * width)`` and positions: see `coral_spec.kernels.inputs.gather_inputs`."""
+    from coral_spec.kernels.inputs import gather_inputs as launch
+
+    chosen = None if above is None else above[0]
+    inputs, positions = launch(
+        tokens[0].contiguous(), table[0], features[0], chosen, lengths, depth=level, limit=limit, scale=table[1]
+    )
+    return inputs[None], positions[None]
 
 
 def best(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,15 @@ the partial results in a fixed order, so the result does not depend on which one
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 
 
 @triton.jit
@@ -52,9 +57,10 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, positions_ptr, lengths_ptr, ancestors_ptr,
     keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, scale, eps,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, LEAST_BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr,
+    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     stride: tl.constexpr = (GROUPS + 2) * KV_HEADS * SIZE
@@ -74,7 +80,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     filled = length + offset
     low = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else length * 0
     # A short prefix takes few programs, since joining their results costs more than it brings.
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N), LEAST_BLOCKS) * BLOCK_N
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N), LEAST) * BLOCK_N
     active = tl.maximum(tl.cdiv(filled - low, chunk), 1)
     if split < active:
         best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
@@ -131,6 +137,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 seen = seen & (position[:, None] - new_position[None, :] < WINDOW)
             best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
 
+        let_next_start(EARLY)
         pair = head * blocks + block
         lane = tl.arange(0, BLOCK_Q)
         complete = active == 1
@@ -165,6 +172,34 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
             tl.store(out_ptr + out_at[:, None] + d[None, :], result.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """What one program of the attention takes.
+
+    Attributes:
+        queries: rows: nodes times query heads of a key's head.
+        keys: a step along the prefix.
+        warps, stages: of the program; loads in flight.
+        least: steps that a program takes at least, since joining results costs more than a short walk.
+        splits: most programs over a prefix.
+    """
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    least: int
+    splits: int
+
+
+def choose_blocks(rows: int, size: int, capacity: int, wide: bool) -> Blocks:
+    """Blocks that measured well on an H100 (`benchmarks/tree_attention.py`); ``wide``: fp32."""
+    splits = 8 if capacity <= 2048 else 16 if capacity <= 8192 else 32
+    # Few queries a program are soonest done; over a long prefix reading the keys for many at once pays.
+    queries = 16 if capacity <= 4096 else min(64, max(16, triton.next_power_of_2(rows)))
+    return Blocks(queries, 32 if size > 128 or wide else 64, 4, 2, 1 if queries == 16 else 2, splits)
+
+
 def attend(
     qkv: Tensor,
     cos: Tensor,
@@ -182,8 +217,7 @@ def attend(
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     eps: float = 0.0,
-    splits: int | None = None,
-    least_blocks: int = 2,
+    blocks: Blocks | None = None,
     cast: bool = False,
 ) -> Tensor:
     """Attended heads ``(nodes, heads * head_dim)``; the nodes' keys and values are written to the cache.
@@ -200,8 +234,7 @@ def attend(
         scaling: of the scores.
         window: a query sees keys fewer than this many positions back.
         query_norm, key_norm, eps: head norms, fp32 weights ``(head_dim,)``.
-        splits: most programs over a head's prefix; by the capacity when None.
-        least_blocks: blocks of keys (32 or 64) that a program takes at least.
+        blocks: chosen by the sizes when None.
         cast: multiply in fp32, as Triton's interpreter must.
     """
     kv_heads, capacity, size = keys.shape[1:]
@@ -209,21 +242,21 @@ def attend(
     heads = qkv.shape[1] // size - 2 * kv_heads
     groups = heads // kv_heads
     half = max(16, triton.next_power_of_2(size // 2))
-    block_q = min(64, max(16, triton.next_power_of_2(nodes * groups)))
-    blocks = triton.cdiv(nodes * groups, block_q)
-    if splits is None:
-        splits = 8 if capacity <= 2048 else 16 if capacity <= 8192 else 32
+    if blocks is None:
+        blocks = choose_blocks(nodes * groups, size, capacity, qkv.dtype == torch.float32)
+    programs = kv_heads, blocks.splits, triton.cdiv(nodes * groups, blocks.queries)
+    parts = math.prod(programs)
     device = qkv.device
-    part = torch.empty(kv_heads * blocks * splits, block_q, 2 * half, dtype=torch.float32, device=device)
-    stats = torch.empty(kv_heads * blocks * splits, 2, block_q, dtype=torch.float32, device=device)
+    part = torch.empty(parts, blocks.queries, 2 * half, dtype=torch.float32, device=device)
+    stats = torch.empty(parts, 2, blocks.queries, dtype=torch.float32, device=device)
     out = torch.empty(nodes, heads * size, dtype=qkv.dtype, device=device)
-    _attention_kernel[(kv_heads, splits, blocks)](
+    _attention_kernel[programs](
         qkv, cos, sin, query_norm, key_norm, positions, lengths, ancestors.view(torch.uint8),
         keys, values, part, stats, counter, out, nodes, offset, capacity, scaling * 1.4426950408889634, eps,
         GROUPS=groups, KV_HEADS=kv_heads, SIZE=size, HALF=half, WINDOW=window or 0,
-        NORM=query_norm is not None, TREE=offset > 0, SPLITS=splits, LEAST_BLOCKS=least_blocks, BLOCK_Q=block_q,
-        BLOCK_N=32 if half > 64 or qkv.dtype == torch.float32 else 64,
+        NORM=query_norm is not None, TREE=offset > 0, SPLITS=blocks.splits, LEAST=blocks.least,
+        BLOCK_Q=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_S=max(16, triton.next_power_of_2(nodes)), CAST=cast,
-        num_warps=4, num_stages=2,
+        num_warps=blocks.warps, num_stages=blocks.stages, **early(device),
     )  # fmt: skip
     return out

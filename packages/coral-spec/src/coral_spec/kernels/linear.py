@@ -17,6 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coral_spec.kernels.launch import LINE, early, let_next_start, prefetch_rows, wait_for_inputs
+
+MOST_LINES = 16  # of every row of a weight that are fetched ahead
+
 
 class Rows(NamedTuple):
     """Rows on their way through a decoder.
@@ -58,8 +62,13 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     rows, outputs, width, parts, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
     GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
-    CAST: tl.constexpr,
+    CAST: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        prefetch_rows(w_ptr, tl.program_id(0) * BLOCK_N, outputs, width, BLOCK_N, LINES)
+        if GATED:
+            prefetch_rows(w_ptr, outputs + tl.program_id(0) * BLOCK_N, 2 * outputs, width, BLOCK_N, LINES)
+    wait_for_inputs(EARLY)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_R)
     row_in, column_in = row < rows, column < outputs
@@ -80,6 +89,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
             if CAST:
                 u = u.to(tl.float32)
             up = tl.dot(x, u, up, input_precision="ieee")
+    let_next_start(EARLY)
     if NORM:
         size = _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P)[:, None]
         result *= size
@@ -109,25 +119,32 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
     outputs, width, parts, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The same for one row: no matrix unit, so all threads share the walk along the width."""
+    """The same for one row: no matrix unit, so all threads share the walk along the width.
+
+    Weights are loaded a step ahead, the first ones while the kernel before this one still runs.
+    """
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_in = column < outputs
+    k = tl.arange(0, BLOCK_K)
+    weight_at = column[:, None].to(tl.int64) * width + k[None, :]
+    weight_in = (k < width)[None, :] & column_in[:, None]
+    up_at = outputs.to(tl.int64) * width + weight_at
+    w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0)
+    u = tl.load(w_ptr + up_at, mask=weight_in, other=0.0) if GATED else w
+    wait_for_inputs(EARLY)
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        k_in = k < width
-        weight_at = column[:, None].to(tl.int64) * width + k[None, :]
-        weight_in = k_in[None, :] & column_in[:, None]
-        w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0)
-        if GATED:
-            u = tl.load(w_ptr + outputs.to(tl.int64) * width + weight_at, mask=weight_in, other=0.0)
-        x = tl.load(x_ptr + k, mask=k_in, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start + k, mask=start + k < width, other=0.0).to(tl.float32)
         sums += w.to(tl.float32) * x[None, :]
         if GATED:
             ups += u.to(tl.float32) * x[None, :]
+        next_in = (start + BLOCK_K + k < width)[None, :] & column_in[:, None]
+        w = tl.load(w_ptr + start + BLOCK_K + weight_at, mask=next_in, other=0.0)
+        u = tl.load(w_ptr + start + BLOCK_K + up_at, mask=next_in, other=0.0) if GATED else w
+    let_next_start(EARLY)
     result = tl.sum(sums, axis=1)
     up = tl.sum(ups, axis=1) if GATED else result
     if NORM:
@@ -158,8 +175,9 @@ def _row_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, add_ptr, norm_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr, width, eps,
-    NORM: tl.constexpr, ADD: tl.constexpr, NEXT: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, ADD: tl.constexpr, NEXT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
     inside = k < width
@@ -171,6 +189,7 @@ def _norm_kernel(  # type: ignore[no-untyped-def]
     if ADD:
         result = result.to(element).to(tl.float32)
         result += tl.load(add_ptr + row * width + k, mask=inside, other=0.0).to(tl.float32)
+    let_next_start(EARLY)
     if NORM or ADD:
         tl.store(out_ptr + row * width + k, result.to(element), mask=inside)
     if NEXT:
@@ -193,6 +212,8 @@ class Tiles:
 def choose_tiles(rows: int, outputs: int, width: int, wide: bool) -> Tiles:
     """Tiles that measured well on an H100 (`benchmarks/linear_tiles.py`); ``wide``: products in fp32."""
     if rows == 1:
+        if 1024 < width <= 2048 and outputs <= 4096:
+            return Tiles(2, 2048, 4, 1)
         return Tiles(4, 1024, 4, 1) if outputs <= 4096 else Tiles(4 if outputs > 16384 else 8, 256, 4, 1)
     if wide:
         return Tiles(16, 32, 4, 2)
@@ -276,12 +297,16 @@ def linear(
     sizes = {"BLOCK_N": tiles.outputs, "BLOCK_K": tiles.width, "num_warps": tiles.warps, "num_stages": tiles.stages}
     pointers = states, weight, bias, squares, residual, next_norm, *out
     if rows == 1:
-        _row_kernel[(programs,)](*pointers, outputs, width, parts, eps, **flags, **sizes, BLOCK_P=256)
+        _row_kernel[(programs,)](
+            *pointers, outputs, width, parts, eps, **flags, **sizes, BLOCK_P=256, **early(states.device)
+        )
     else:
         block_r = max(16, triton.next_power_of_2(rows))
         _linear_kernel[(programs,)](
-            *pointers, rows, outputs, width, parts, eps, **flags, **sizes, BLOCK_R=block_r, BLOCK_P=32, CAST=cast
-        )
+            *pointers, rows, outputs, width, parts, eps, **flags, **sizes, BLOCK_R=block_r, BLOCK_P=32, CAST=cast,
+            LINES=min(MOST_LINES, triton.next_power_of_2(triton.cdiv(width * weight.element_size(), LINE))),
+            **early(states.device),
+        )  # fmt: skip
     return out
 
 
@@ -304,7 +329,7 @@ def normed(
     _norm_kernel[(rows,)](
         states, residual, norm, next_norm, *out, width, eps,
         NORM=norm is not None, ADD=residual is not None, NEXT=next_norm is not None,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=triton.next_power_of_2(width), **early(states.device),
     )  # fmt: skip
     return out
 

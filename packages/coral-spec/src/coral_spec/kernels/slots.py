@@ -6,12 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
+
 
 @triton.jit
 def _move_kernel(  # type: ignore[no-untyped-def]
     pointers_ptr, lengths_ptr, path_ptr, capacity, count, like_ptr,
-    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     states = tl.load(pointers_ptr + tl.program_id(0)).to(tl.pointer_type(like_ptr.dtype.element_ty))
     length = tl.load(lengths_ptr)
     place = tl.arange(0, BLOCK_P)
@@ -20,6 +23,7 @@ def _move_kernel(  # type: ignore[no-untyped-def]
     source = tl.load(path_ptr + place, mask=place < count, other=0)
     row = (tl.program_id(1) * capacity + length) * SIZE
     moved = tl.load(states + row + source[:, None] * SIZE + d[None, :], mask=mask, other=0.0)
+    let_next_start(EARLY)
     tl.debug_barrier()  # every row is read before one is overwritten
     tl.store(states + row + place[:, None] * SIZE + d[None, :], moved, mask=mask)
 
@@ -37,4 +41,5 @@ def move(pointers: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
     _move_kernel[(pointers.numel(), heads)](
         pointers, lengths, path, capacity, path.numel(), like,
         SIZE=size, BLOCK_D=triton.next_power_of_2(size), BLOCK_P=triton.next_power_of_2(path.numel()), num_warps=2,
+        **early(like.device),
     )  # fmt: skip

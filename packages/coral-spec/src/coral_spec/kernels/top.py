@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
+
 CHUNK = 2048
 
 
@@ -37,13 +39,15 @@ def key_value(key):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _chunk_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, keys_ptr, sums_ptr, vocab, chunks, K: tl.constexpr, CHUNK: tl.constexpr
+    logits_ptr, keys_ptr, sums_ptr, vocab, chunks, K: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr
 ):
+    wait_for_inputs(EARLY)
     chunk, row = tl.program_id(0), tl.program_id(1)
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     logits = tl.load(logits_ptr + row.to(tl.int64) * vocab + index, mask=index < vocab, other=float("-inf"))
     logits = logits.to(tl.float32)
     keys = to_key(logits, index)
+    let_next_start(EARLY)
     at = row * chunks + chunk
     if K == 1:
         tl.store(keys_ptr + at, tl.max(keys, axis=0))
@@ -57,11 +61,13 @@ def _chunk_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _join_kernel(  # type: ignore[no-untyped-def]
     keys_ptr, sums_ptr, ids_ptr, log_probs_ptr, tokens_ptr, chunks, count,
-    K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, IDS: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr, IDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     row = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + row * chunks * K + lane, mask=lane < chunks * K, other=-0x7FFFFFFFFFFFFFFF)
+    let_next_start(EARLY)
     if K == 1:
         tl.store(tokens_ptr + row, key_index(tl.max(keys, axis=0)))
     else:
@@ -98,11 +104,11 @@ def top_log_probs(logits: Tensor, count: int, ids: Tensor | None = None) -> tupl
     sums = torch.empty(rows, chunks, 2, dtype=torch.float32, device=device)
     log_probs = torch.empty(rows, count, dtype=torch.float32, device=device)
     tokens = torch.empty(rows, count, dtype=torch.int64, device=device)
-    _chunk_kernel[(chunks, rows)](logits, keys, sums, vocab, chunks, K=size, CHUNK=CHUNK, num_warps=4)
+    _chunk_kernel[(chunks, rows)](logits, keys, sums, vocab, chunks, K=size, CHUNK=CHUNK, num_warps=4, **early(device))
     _join_kernel[(rows,)](
         keys, sums, ids, log_probs, tokens, chunks, count,
         K=size, BLOCK=triton.next_power_of_2(chunks * size), BLOCK_C=triton.next_power_of_2(chunks),
-        IDS=ids is not None, num_warps=4,
+        IDS=ids is not None, num_warps=4, **early(device),
     )  # fmt: skip
     return log_probs, tokens
 
@@ -113,9 +119,11 @@ def largest(logits: Tensor) -> Tensor:
     chunks = triton.cdiv(vocab, CHUNK)
     keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    _chunk_kernel[(chunks, rows)](logits, keys, None, vocab, chunks, K=1, CHUNK=CHUNK, num_warps=4)
+    launch = early(logits.device)
+    _chunk_kernel[(chunks, rows)](logits, keys, None, vocab, chunks, K=1, CHUNK=CHUNK, num_warps=4, **launch)
     _join_kernel[(rows,)](
         keys, None, None, None, tokens, chunks, 1,
         K=1, BLOCK=triton.next_power_of_2(chunks), BLOCK_C=triton.next_power_of_2(chunks), IDS=False, num_warps=1,
+        **launch,
     )  # fmt: skip
     return tokens

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 from coral_spec.kernels.top import key_index, key_value, to_key
 
 
@@ -19,7 +20,9 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
     pool_tokens_ptr, pool_scores_ptr, pool_parents_ptr, first,
     next_tokens_ptr, next_scores_ptr, next_chosen_ptr, above_ptr, next_ancestors_ptr, slots,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     lane = tl.arange(0, BLOCK)
     inside = lane < WIDTH * WIDTH
     parent = lane // WIDTH
@@ -27,6 +30,7 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
         scores_ptr + parent, mask=inside, other=0.0
     )
     tokens = tl.load(children_ptr + lane, mask=inside, other=0)
+    let_next_start(EARLY)
     tl.store(pool_tokens_ptr + first + lane, tokens, mask=inside)
     tl.store(pool_scores_ptr + first + lane, totals, mask=inside)
     tl.store(pool_parents_ptr + first + lane, tl.load(chosen_ptr + parent, mask=inside, other=0), mask=inside)
@@ -58,8 +62,9 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
 def _rerank_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr, scores_ptr, parents_ptr, root_ptr, slot_ptr,
     out_tokens_ptr, out_parents_ptr, depths_ptr, ancestors_ptr, pool, budget, DEPTH: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     lane = tl.arange(0, BLOCK_P)
     scores = tl.load(scores_ptr + lane, mask=lane < pool, other=0.0)
     keys = tl.where(lane < pool, to_key(scores, lane), -0x7FFFFFFFFFFFFFFF)
@@ -69,6 +74,7 @@ def _rerank_kernel(  # type: ignore[no-untyped-def]
     # The pool is ordered by level, so sorting by index puts parents before their children.
     index = tl.sort(tl.where(kept, key_index(best), 0x7FFFFFFF))
     index = tl.where(kept, index, 0)
+    let_next_start(EARLY)
     tl.store(slot_ptr + index + 1, place + 1, mask=kept)
     tl.store(slot_ptr, 0)
     tl.debug_barrier()
@@ -97,8 +103,9 @@ def _rerank_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _accept_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr, parents_ptr, depths_ptr, valid_ptr, draws_ptr, path_ptr, packed_ptr, slots,
-    DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(EARLY)
     slot = tl.arange(0, BLOCK)
     inside = slot < slots
     token = tl.load(tokens_ptr + slot, mask=inside, other=-1)
@@ -119,6 +126,7 @@ def _accept_kernel(  # type: ignore[no-untyped-def]
     on_path = accepted[None, :] & (depth[None, :] == level[:, None]) & inside[None, :]
     path = tl.sum(tl.where(on_path, slot[None, :], 0), axis=1)
     within = level <= DEPTH
+    let_next_start(EARLY)
     tl.store(path_ptr + level, path.to(tl.int64), mask=within)
     tl.store(packed_ptr + 1 + level, tl.load(draws_ptr + path, mask=within, other=0), mask=within)
     tl.store(packed_ptr, tl.sum((accepted & inside).to(tl.int64), axis=0))
@@ -152,6 +160,7 @@ def extend(
         tokens, below, index, above, grown.view(torch.uint8), slots,
         WIDTH=width, BLOCK=max(2, triton.next_power_of_2(width * width)), BLOCK_W=max(2, triton.next_power_of_2(width)),
         BLOCK_S=triton.next_power_of_2(slots + width), LAST=last, num_warps=4,
+        **early(scores.device),
     )  # fmt: skip
     return tokens, below, index, above, grown
 
@@ -168,6 +177,7 @@ def rerank(
     _rerank_kernel[(1,)](
         *pool, root, slot, tokens, parents, depths, ancestors.view(torch.uint8), size, budget, DEPTH=depth,
         BLOCK_P=max(block, triton.next_power_of_2(size)), BLOCK_B=block, num_warps=4,
+        **early(device),
     )  # fmt: skip
     return tokens, parents, depths, ancestors
 
@@ -182,5 +192,6 @@ def accept(
     _accept_kernel[(1,)](
         tokens, parents, depths, valid.view(torch.uint8), draws, path, packed, slots, DEPTH=depth,
         BLOCK=max(2, triton.next_power_of_2(slots)), BLOCK_D=max(2, triton.next_power_of_2(depth + 1)), num_warps=1,
+        **early(tokens.device),
     )  # fmt: skip
     return path, packed
