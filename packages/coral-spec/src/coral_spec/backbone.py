@@ -1,6 +1,6 @@
 """The target as the engine sees it: tree-masked forwards to hidden states, and the head on chosen rows.
 
-A decoder whose layers are recognised (`coral_spec.layers`), and give what the model's own forward gives, runs in fewer
+A decoder whose layers are recognised (`coral_spec.recognise`), and give what the model's own forward gives, runs in fewer
 and larger operations. Any other one runs as it is: a 4-D mask (or a mask per layer type), explicit positions and our
 cache are all that its unmodified class is passed. Hidden states are those after the final norm, the head's input,
 which is what drafters read. Ours.
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from coral_spec import kernels
 from coral_spec.cache import StaticCache, cache_argument
-from coral_spec.layers import Layer, Nodes, recognise, run
+from coral_spec.layers import Layer, Nodes, run
 from coral_spec.masks import additive, chain_ancestors, visibility, within_window
 from coral_spec.packing import packed
+from coral_spec.recognise import recognise
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
