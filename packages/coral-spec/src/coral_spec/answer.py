@@ -14,6 +14,7 @@ from coral_spec.engine import Session
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Statistics, Stopwatch
 from coral_spec.stopping import TextStream
+from expkit.device import peak_memory
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class Answer:
         self._pieces = self._run()
         self._seconds = self._prefill_seconds = 0.0
         self._watch: Stopwatch | None = None
+        self._shares: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[str]:
         return (piece for piece in self._pieces if piece)
@@ -149,6 +151,7 @@ class Answer:
             yield from self._decode(session, started)
         finally:  # also when the iteration is given up
             session.settle()
+            self._shares = session.shares()
             session.busy = False
             self._seconds = time.perf_counter() - started
             if own:
@@ -217,8 +220,9 @@ class Answer:
             prefill_seconds=self._prefill_seconds,
             accept_lengths=self._accepted,
             depth=session.draft.depth,
-            time_split=self._watch.split() if self._watch else {},
+            time_split=self._watch.split(self._shares) if self._watch else {},
             cache_bytes=session.nbytes(),
+            memory_bytes=peak_memory(session.device),
         )
         logits = torch.cat(self._logits)[: len(self._tokens)].cpu() if self._logits else None
         return Generation(

@@ -1,8 +1,8 @@
 """The target as the engine sees it: tree-masked forwards to hidden states, and the head on chosen rows.
 
-A decoder whose layers are recognised (`coral_spec.recognise`), and give what the model's own forward gives, runs in fewer
-and larger operations. Any other one runs as it is: a 4-D mask (or a mask per layer type), explicit positions and our
-cache are all that its unmodified class is passed. Hidden states are those after the final norm, the head's input,
+A decoder whose layers are recognised (`coral_spec.recognise`), and give what the model's own forward gives, runs in
+fewer and larger operations. Any other one runs as it is: a 4-D mask (or a mask per layer type), explicit positions and
+our cache are all that its unmodified class is passed. Hidden states are those after the final norm, the head's input,
 which is what drafters read. Ours.
 """
 
@@ -137,8 +137,13 @@ class Backbone:
         self.layers, self._final_norm = found
         try:
             difference = self._difference()
-        except RuntimeError:  # parts that do not fit together: the model runs as it is
-            difference = float("inf")
+        except Exception as error:
+            if kernels.give_up(error):
+                difference = self._difference()
+            elif isinstance(error, RuntimeError):  # parts that do not fit together: the model runs as it is
+                difference = float("inf")
+            else:
+                raise
         if not difference < PROBE_TOLERANCE.get(self.target.dtype, 0.1):
             self.layers = []
 

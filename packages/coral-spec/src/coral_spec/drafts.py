@@ -23,10 +23,12 @@ class Draft(Protocol):
     """A source of candidates for every row of a batch.
 
     Attributes:
+        shape: of its trees; None for plain decoding.
         depth: levels of its trees; 0 for plain decoding.
         slack: cache slots needed behind the filled prefix.
     """
 
+    shape: TreeShape | None
     depth: int
     slack: int
 
@@ -64,6 +66,7 @@ class Draft(Protocol):
 class NoDraft:
     """Plain decoding by the same engine."""
 
+    shape: TreeShape | None = None
     depth = 0
     slack = 1
 
@@ -89,12 +92,14 @@ class NgramDraft:
     common beginnings are merged. A match that reaches into the newest tokens is continued periodically.
 
     Args:
-        depth, width: ``width`` chains of ``depth`` tokens.
+        shape: at most ``width`` chains of ``depth`` tokens, and no more than ``budget`` tokens.
         longest, shortest: n of the longest and shortest match.
     """
 
-    def __init__(self, depth: int, width: int, longest: int = 4, shortest: int = 2) -> None:
-        self.depth, self.width = depth, width
+    def __init__(self, shape: TreeShape, longest: int = 4, shortest: int = 2) -> None:
+        self.shape: TreeShape | None = shape
+        self.depth = shape.depth
+        self.width = max(1, min(shape.width, shape.budget // shape.depth))
         self.longest, self.shortest = longest, shortest
         self.slack = self.depth * self.width + 1
 
@@ -172,8 +177,9 @@ class DrafterDraft:
     """
 
     def __init__(self, backbone: Backbone, drafter: FusedDrafter, head: ProposalHead, shape: TreeShape) -> None:
-        self.head, self.shape = head, shape
-        self.depth = shape.depth
+        self.head = head
+        self.shape: TreeShape | None = shape
+        self.depth, self.width = shape.depth, shape.width
         self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
         self._backbone, self._layers = backbone, drafter
         self._store = SlotStore(0)
@@ -248,25 +254,25 @@ class DrafterDraft:
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`."""
-        shape = self.shape
+        assert self.shape is not None
         root = history.gather(1, lengths[:, None])[:, 0]
-        pool = Pool(lengths.shape[0], shape, lengths.device)
+        pool = Pool(lengths.shape[0], self.shape, lengths.device)
         features, above = self._feature[:, None], None
         watch.lap("drafter")
         log_probs, children = self._children(features, watch)
         frontier = pool.start(log_probs[:, 0], children[:, 0], self._start)
-        for level in range(shape.depth - 1):
+        for level in range(self.depth - 1):
             features = self._forward(
                 frontier.tokens, features, lengths, frontier.ancestors, filled, level=level, above=above
             )
             watch.lap("drafter")
             log_probs, children = self._children(features, watch)
-            grown = pool.extend(frontier, log_probs, children, last=level == shape.depth - 2)
+            grown = pool.extend(frontier, log_probs, children, last=level == self.depth - 2)
             if grown is not None:
                 frontier, above = grown
-        return pool.rerank(root, shape.budget, shape.depth)
+        return pool.rerank(root, self.shape.budget, self.depth)
 
     def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-        best = self.head.top(features, self.shape.width)
+        best = self.head.top(features, self.width)
         watch.lap("head")
         return best

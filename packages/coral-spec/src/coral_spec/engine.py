@@ -72,6 +72,11 @@ class Session:
         return 1 if self.graphs is None else AHEAD
 
     @property
+    def under_way(self) -> int:
+        """Rounds that were begun and not collected."""
+        return len(self._ready) if self.graphs is None else self.graphs.under_way
+
+    @property
     def filled(self) -> int:
         """The largest of ``lengths``, without asking the device."""
         return self._filled
@@ -237,6 +242,10 @@ class Session:
         self._ready.clear()
         if under_way:
             self._filled = int(self.lengths.max())
+
+    def shares(self) -> dict[str, float]:
+        """Of a captured round's time, by part; empty where none was timed."""
+        return {} if self.graphs is None else self.graphs.shares()
 
     def state(self) -> list[Tensor]:
         """What a round changes, but for caches and for tokens behind the newest."""

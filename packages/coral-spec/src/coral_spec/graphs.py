@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from coral_spec import kernels
 from coral_spec.sampling import Sampling
+from coral_spec.statistics import Stopwatch
 
 if TYPE_CHECKING:
     from coral_spec.engine import Session
@@ -25,16 +27,18 @@ AHEAD = 2  # rounds that may be under way
 WARM_UPS = 2
 KEPT = 8  # captured rounds of a session: one for each way of sampling
 PROMPT_ROWS = 64  # tokens of a prompt read by one replay
+TIMED_EVERY = 32  # rounds, of which one is timed part by part
 _Result = TypeVar("_Result")
 
 
 @dataclass
 class _Round:
-    """A captured round and where it leaves its results."""
+    """A captured round and where it leaves its results; ``watch`` if it is timed part by part."""
 
     graph: Any
     packed: Tensor
     logits: Tensor | None
+    watch: Stopwatch | None
 
 
 @dataclass
@@ -65,6 +69,7 @@ class _Landing:
     host: Tensor
     done: Any
     logits: Tensor | None = None
+    watch: Stopwatch | None = None
 
 
 class Graphs:
@@ -76,7 +81,8 @@ class Graphs:
 
     def __init__(self, session: Session) -> None:
         self._session: Session = weakref.proxy(session)  # no cycle: caches are freed with the session
-        self._rounds: dict[tuple[Sampling, bool], _Round] = {}
+        self._rounds: dict[tuple[Sampling, bool, bool], _Round] = {}
+        self._timed: dict[str, float] = {}
         self._prompt: _Prompt | None = None
         self._absorbed: _Absorbed | None = None
         self._seeds = torch.zeros(1, dtype=torch.long, device=session.device)
@@ -85,17 +91,18 @@ class Graphs:
             _Landing(torch.empty(1, width, dtype=torch.long, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
             for _ in range(AHEAD)
         ]
-        self._under_way: list[_Landing] = []
+        self._flying: list[_Landing] = []
         self._count = 0
         self._pool: Any = None
         self._refused = False
 
     def launch(self, sampling: Sampling, seeds: Tensor, keep_logits: bool) -> None:
         """See `Session.launch`."""
-        assert len(self._under_way) < AHEAD
+        assert len(self._flying) < AHEAD
         if seeds is not self._seeds:
             self._seeds.copy_(seeds)
-        captured = self._round(sampling, keep_logits)
+        timed = not keep_logits and self._count % TIMED_EVERY == 1
+        captured = self._round(sampling, keep_logits, timed)
         if captured is None:
             packed, logits = self._run(sampling, keep_logits)
         else:
@@ -104,15 +111,23 @@ class Graphs:
         landing = self._landings[self._count % AHEAD]
         self._count += 1
         landing.host.copy_(packed, non_blocking=True)
-        landing.logits = logits
+        landing.logits, landing.watch = logits, None if captured is None else captured.watch
         landing.done.record()
-        self._under_way.append(landing)
+        self._flying.append(landing)
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
         """See `Session.collect`."""
-        landing = self._under_way.pop(0)
+        landing = self._flying.pop(0)
         landing.done.synchronize()
+        if landing.watch is not None:  # before the round is replayed again
+            for part, seconds in landing.watch.split().items():
+                self._timed[part] = self._timed.get(part, 0.0) + seconds
         return landing.host, landing.logits
+
+    def shares(self) -> dict[str, float]:
+        """Of a round's time, by part; empty before a round was timed."""
+        whole = sum(self._timed.values())
+        return {part: seconds / whole for part, seconds in self._timed.items()} if whole else {}
 
     def prefill(self, tokens: Tensor, begin: int) -> Tensor | None:
         """Features of ``tokens (1, n)`` from position ``begin`` on, some rows a replay; None without a graph."""
@@ -147,10 +162,15 @@ class Graphs:
             captured.graph.replay()
         return True
 
+    @property
+    def under_way(self) -> int:
+        """Rounds that were launched and not collected."""
+        return len(self._flying)
+
     def settle(self) -> bool:
         """Wait for what is under way and drop it; whether there was anything."""
-        under_way = bool(self._under_way)
-        while self._under_way:
+        under_way = bool(self._flying)
+        while self._flying:
             self.collect()
         return under_way
 
@@ -165,17 +185,18 @@ class Graphs:
         session = self._session
         return session.advance(sampling, self._seeds, keep_logits, session.room)
 
-    def _round(self, sampling: Sampling, keep_logits: bool) -> _Round | None:
+    def _round(self, sampling: Sampling, keep_logits: bool, timed: bool) -> _Round | None:
         sampling = Sampling() if sampling.greedy else sampling
-        key = sampling, keep_logits
+        key = sampling, keep_logits, timed
         if key in self._rounds:
             self._rounds[key] = self._rounds.pop(key)  # the last one is the one used last
         else:
-            found = self._capture(lambda: self._run(sampling, keep_logits))
+            watch = self._session.watch.for_graph() if timed else None
+            found = self._capture(lambda: self._run(sampling, keep_logits), watch)
             if found is not None:
                 while len(self._rounds) >= KEPT:  # requests may come with ever new temperatures
                     del self._rounds[next(iter(self._rounds))]
-                self._rounds[key] = _Round(found[0], *found[1])
+                self._rounds[key] = _Round(found[0], *found[1], watch)
         return self._rounds.get(key)
 
     def _prompt_rows(self) -> _Prompt | None:
@@ -199,8 +220,8 @@ class Graphs:
                 self._absorbed = _Absorbed(found[0], tokens, features, start, count)
         return self._absorbed
 
-    def _capture(self, run: Callable[[], _Result]) -> tuple[Any, _Result] | None:
-        """Run for the side effects on compilers and allocators, put the state back, and record."""
+    def _capture(self, run: Callable[[], _Result], timer: Stopwatch | None = None) -> tuple[Any, _Result] | None:
+        """Run for the side effects on compilers and allocators, put the state back, and record, laps included."""
         if self._refused:
             return None
         session = self._session
@@ -221,9 +242,13 @@ class Graphs:
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
+                session.watch = timer or session.watch
+                session.watch.lap("rest")
                 result = run()
             self._pool = graph.pool()
-        except RuntimeError as error:  # out of memory above all
+        except Exception as error:  # out of memory above all
+            if not (kernels.give_up(error) or isinstance(error, RuntimeError)):
+                raise
             self._refused = True
             current.wait_stream(stream)
             self._rounds.clear()

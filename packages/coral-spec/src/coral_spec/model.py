@@ -31,12 +31,11 @@ Prompt = str | Messages | list[int]
 BUNDLED = Path(__file__).parent / "drafters"
 GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
 
-# On a CPU a drafter's tree is chosen by measurement (`coral_spec.tuning`). On a GPU every shape that is timed would be
-# compiled and captured first, so one shape is the default there. Those for n-grams are not tuned.
-CUDA_TREE = TreeShape(6, 10, 60)
+# A drafter's tree is chosen by measurement (`coral_spec.tuning`). Those for n-grams are not tuned.
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 SMALLEST_SESSION = 1024  # tokens, on a GPU
+IDLE_SESSIONS = 2  # kept for later answers, for as many shapes of tree
 
 
 def load(
@@ -113,7 +112,7 @@ class Model:
         self.head_rows = 0
         self._tree = tree if self.draft_name != "none" else None
         self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, head)
-        self._idle: list[Session] = []
+        self._idle: dict[TreeShape | None, Session] = {}
 
     @property
     def tree(self) -> TreeShape | None:
@@ -124,9 +123,8 @@ class Model:
         if name == "none":
             return lambda _: NoDraft()
         if name == "ngram":
-            shape = self._tree = self._tree or NGRAM_TREES[self.target.device.type]
-            chains = max(1, min(shape.width, shape.budget // shape.depth))
-            return lambda _: NgramDraft(shape.depth, chains)
+            ngrams = self._tree = self._tree or NGRAM_TREES[self.target.device.type]
+            return lambda _: NgramDraft(ngrams)
         folder = Path(name)
         if not folder.is_dir():
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
@@ -140,8 +138,6 @@ class Model:
         def make(shape: TreeShape | None) -> Draft:
             return DrafterDraft(self._backbone, drafter, proposals, shape) if shape else NoDraft()
 
-        if self._tree is None and self.target.device.type == "cuda":
-            self._tree = CUDA_TREE
         if self._tree is None:
             self.tuner = self._tune(folder, loaded.config, proposals, make)
         return make
@@ -153,14 +149,18 @@ class Model:
         costs = cached(
             costs_key(backbone, drafter, head.rows),
             timings_folder(),
-            lambda: measure(lambda shape: Session(backbone, make(shape), CAPACITY), most_rows=head.rows),
+            lambda: measure(
+                lambda shape: Session(backbone, make(shape), CAPACITY),
+                most_rows=head.rows,
+                cuda=self.target.device.type == "cuda",
+            ),
         )
         return Tuner(costs, acceptance_profile(folder, head.rows), own=(folder / ACCEPTANCE).is_file())
 
     def note(self, session: Session, accept_lengths: list[int]) -> None:
         """Learn from the rounds of an answer, so that the next one may have a better tree."""
         if self.tuner is not None:
-            self.tuner.note(getattr(session.draft, "shape", None), accept_lengths)
+            self.tuner.note(session.draft.shape, accept_lengths)
 
     def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
         ranking = load_ranking(folder)
@@ -237,18 +237,21 @@ class Model:
     def session(self, capacity: int) -> Session:
         """Caches for ``capacity`` tokens: fresh, or on a GPU an ended answer's, graphs included."""
         if self.target.device.type == "cuda":
-            for idle in self._idle:
-                if idle.room >= capacity:
-                    self._idle.remove(idle)
-                    return idle
-            self._idle.clear()  # too small: its memory may be needed
+            idle = self._idle.pop(self.tree, None)
+            if idle is not None and idle.room >= capacity:
+                return idle
+            del idle  # its memory may be needed
             capacity = max(SMALLEST_SESSION, 1 << (capacity - 1).bit_length())
         return Session(self._backbone, self._make_draft(self.tree), capacity)
 
     def release(self, session: Session) -> None:
-        """Keep ``session`` for the next answer; the largest one stays."""
+        """Keep ``session`` for the next answer with its tree; the largest one stays, of the trees used last."""
         if session.graphs is not None:
-            self._idle = [max([*self._idle, session], key=lambda each: each.room)]
+            shape = session.draft.shape
+            other = self._idle.pop(shape, session)
+            self._idle[shape] = max(session, other, key=lambda each: each.room)
+            while len(self._idle) > IDLE_SESSIONS:
+                del self._idle[next(iter(self._idle))]
 
 
 def acceptance_profile(folder: Path | None, rows: int) -> Acceptance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,8 +24,10 @@ class Statistics:
         accept_lengths: draft tokens accepted in each round; a round is one target forward after prefill.
         depth: levels of the draft tree.
         time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``. Where rounds are
-            captured as CUDA graphs they are one part, ``rounds``, and the others are what came before them.
+            captured as CUDA graphs, one of every 32 is timed part by part and stands for the others; the rounds of an
+            answer that had none of these are one part, ``rounds``.
         cache_bytes: bytes held by the key-value caches.
+        memory_bytes: most bytes held so far by the process: those that torch allocated on a GPU, or resident ones.
     """
 
     prompt_tokens: int
@@ -36,6 +38,7 @@ class Statistics:
     depth: int
     time_split: dict[str, float]
     cache_bytes: int = 0
+    memory_bytes: int = 0
 
     @property
     def rounds(self) -> int:
@@ -85,29 +88,41 @@ class Stopwatch:
 
     device: torch.device
     running: bool = True
+    captured: bool = False
     _events: list[tuple[str, Any]] = field(default_factory=list)
 
     def silent(self) -> Stopwatch:
         """One that notes nothing: events can't be recorded while a graph is captured."""
         return Stopwatch(self.device, running=False)
 
+    def for_graph(self) -> Stopwatch:
+        """One whose laps become part of a graph that is being captured; its split is that of the last replay."""
+        return Stopwatch(self.device, captured=True)
+
     def lap(self, part: str) -> None:
         """End a span."""
         if not self.running:
             return
         if self.device.type == "cuda":
-            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event: Any = torch.cuda.Event(enable_timing=True, external=self.captured)  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self.device))
             self._events.append((part, event))
         else:
             self._events.append((part, time.perf_counter()))
 
-    def split(self) -> dict[str, float]:
-        """Seconds per part so far; on CUDA this waits for the device once."""
+    def split(self, shares: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Seconds per part so far; on CUDA this waits for the last lap, or a graph must be done.
+
+        Args:
+            shares: of the parts in the time of ``rounds``, which then is no part of its own.
+        """
         seconds = dict.fromkeys(PARTS, 0.0)
-        if self.device.type == "cuda" and self._events:
-            torch.cuda.synchronize(self.device)
+        if self.device.type == "cuda" and self._events and not self.captured:
+            self._events[-1][1].synchronize()
         for (_, before), (part, after) in zip(self._events, self._events[1:], strict=False):
             span = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
             seconds[part] = seconds.get(part, 0.0) + span
+        if shares:
+            rounds = seconds.pop("rounds", 0.0)
+            seconds = {part: spent + rounds * shares.get(part, 0.0) for part, spent in seconds.items()}
         return seconds

@@ -9,7 +9,8 @@ from coral_spec import kernels
 from coral_spec.layers import Projection
 from coral_spec.model import load
 from coral_spec.tree import TreeShape
-from drafting import PROMPT, clear_target, save_drafter
+from drafting import CLEAR_SEEDS, PROMPT, clear_target, save_drafter
+from tiny import tiny_target
 
 pytest.importorskip("triton")
 
@@ -40,3 +41,70 @@ def test_text_is_the_same(architecture, temperature, tmp_path, request):
     for draft in ("none", "ngram", str(save_drafter(target, tmp_path / "drafter"))):
         model = load(target, draft=draft, tree=TreeShape(2, 2, 4), head="full" if "drafter" in draft else "auto")
         assert model.generate(PROMPT, **limits).token_ids == expected, draft
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What kernels were given up for, forgotten after the test."""
+    found: list[str] = []
+    monkeypatch.setattr(kernels, "_FAILED", found)
+    return found
+
+
+def test_kernels_are_given_up_when_triton_fails(failures, monkeypatch):
+    import triton.language
+
+    monkeypatch.setattr(kernels, "_served", lambda device: True)
+    assert kernels.available(torch.device("cuda"))
+    with pytest.raises(Exception) as raised:
+        triton.language.arange(0, 3)  # outside a kernel
+    with pytest.warns(UserWarning, match="torch path"):
+        assert kernels.give_up(raised.value)
+    assert failures and not kernels.available(torch.device("cuda"))
+
+
+def test_other_errors_are_not_tritons(failures):
+    with pytest.raises(ValueError) as raised:
+        raise ValueError("not Triton's")
+    assert not kernels.give_up(raised.value) and not failures
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_kernel_that_does_not_compile_ends_in_the_torch_path(failures, monkeypatch, tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    drafter = str(save_drafter(target, tmp_path))
+    expected = load(target, draft="none").generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids
+    monkeypatch.setattr("coral_spec.kernels.top.CHUNK", 1000)  # Triton wants powers of two
+    model = load(target, draft=drafter, tree=TreeShape(2, 2, 4))
+    with pytest.warns(UserWarning, match="torch path"):
+        assert model.generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids == expected
+    assert failures
+    assert model.generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_session_grows_and_goes_on_with_captured_rounds(tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(2, 2, 4))
+    plain = load(target, draft="none")
+    session = model.session(64)
+    for reserve in (64, 3000, 3000):
+        session.reserve(reserve)
+        answer = model.stream(PROMPT, max_new_tokens=40, ignore_eos=True)
+        answer._session = session
+        list(answer)
+        expected = plain.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids
+        assert answer.result().token_ids == expected
+        assert session.graphs is not None and not session.graphs._refused
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_captured_rounds_tell_where_their_time_goes(tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(2, 2, 4))
+    split = model.generate(PROMPT, max_new_tokens=90, ignore_eos=True).statistics.time_split
+    assert set(split) == {"target", "drafter", "head", "rest"}
+    assert all(seconds > 0 for seconds in split.values())

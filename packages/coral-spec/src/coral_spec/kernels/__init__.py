@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 2048  # of a tree, sorted by one program
 MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
 DTYPES = (torch.bfloat16, torch.float32)
+_FAILED: list[str] = []  # errors for which kernels were given up in this process
 
 
 def serve(states: Tensor) -> bool:
@@ -36,9 +37,30 @@ def serve(states: Tensor) -> bool:
     )
 
 
-@cache
 def available(device: torch.device) -> bool:
     """Whether Triton is there and compiles for this GPU (compute capability 8.0 and newer)."""
+    return not _FAILED and _served(device)
+
+
+def give_up(error: BaseException) -> bool:
+    """After a kernel could not be compiled or launched: the torch path is taken from now on, which a warning says.
+
+    Returns:
+        whether ``error`` comes from Triton; if not, nothing was done.
+    """
+    frame = error.__traceback__
+    while frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "triton":
+        frame = frame.tb_next
+    if frame is None:
+        return False
+    _FAILED.append(type(error).__name__)
+    reason = (str(error).strip().splitlines() or [""])[-1]
+    warnings.warn(f"Triton failed ({type(error).__name__}: {reason}): the slower torch path is taken", stacklevel=3)
+    return True
+
+
+@cache
+def _served(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     if importlib.util.find_spec("triton") is None:

@@ -58,10 +58,10 @@ def _extend_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pool", "budget", "depth"])
 def _rerank_kernel(  # type: ignore[no-untyped-def]
     tokens_ptr, scores_ptr, parents_ptr, root_ptr, slot_ptr,
-    out_tokens_ptr, out_parents_ptr, depths_ptr, ancestors_ptr, pool, budget, DEPTH: tl.constexpr,
+    out_tokens_ptr, out_parents_ptr, depths_ptr, ancestors_ptr, pool, budget, depth,
     BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
@@ -91,7 +91,7 @@ def _rerank_kernel(  # type: ignore[no-untyped-def]
     other = tl.arange(0, BLOCK_B)
     seen = walker[:, None] == other[None, :]
     depths = tl.zeros([BLOCK_B], dtype=tl.int64)
-    for _ in range(DEPTH):
+    for _ in range(depth):
         depths += (walker > 0).to(tl.int64)
         walker = tl.load(out_parents_ptr + walker).to(tl.int32)
         seen = seen | (walker[:, None] == other[None, :])
@@ -100,10 +100,10 @@ def _rerank_kernel(  # type: ignore[no-untyped-def]
     tl.store(ancestors_ptr + at, seen.to(tl.uint8), mask=(slot < width)[:, None] & (other < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "levels"])
 def _accept_kernel(  # type: ignore[no-untyped-def]
-    tokens_ptr, parents_ptr, depths_ptr, valid_ptr, draws_ptr, path_ptr, packed_ptr, slots,
-    DEPTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    tokens_ptr, parents_ptr, depths_ptr, valid_ptr, draws_ptr, path_ptr, packed_ptr, slots, levels,
+    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
     slot = tl.arange(0, BLOCK)
@@ -113,7 +113,7 @@ def _accept_kernel(  # type: ignore[no-untyped-def]
     wanted = tl.load(draws_ptr + parent, mask=inside, other=-2)
     matches = (slot == 0) | (inside & (token == wanted) & (tl.load(valid_ptr + slot, mask=inside, other=0) != 0))
     walker, accepted = slot, matches
-    for _ in range(DEPTH):
+    for _ in range(levels):
         walker = tl.load(parents_ptr + walker, mask=inside, other=0).to(tl.int32)
         up_token = tl.load(tokens_ptr + walker)
         up_parent = tl.load(parents_ptr + walker)
@@ -125,7 +125,7 @@ def _accept_kernel(  # type: ignore[no-untyped-def]
     # Siblings differ, so at most one accepted node stands at a level.
     on_path = accepted[None, :] & (depth[None, :] == level[:, None]) & inside[None, :]
     path = tl.sum(tl.where(on_path, slot[None, :], 0), axis=1)
-    within = level <= DEPTH
+    within = level <= levels
     let_next_start(EARLY)
     tl.store(path_ptr + level, path.to(tl.int64), mask=within)
     tl.store(packed_ptr + 1 + level, tl.load(draws_ptr + path, mask=within, other=0), mask=within)
@@ -175,7 +175,7 @@ def rerank(
     slot = torch.empty(size + 1, dtype=torch.int32, device=device)
     block = max(2, triton.next_power_of_2(width))
     _rerank_kernel[(1,)](
-        *pool, root, slot, tokens, parents, depths, ancestors.view(torch.uint8), size, budget, DEPTH=depth,
+        *pool, root, slot, tokens, parents, depths, ancestors.view(torch.uint8), size, budget, depth,
         BLOCK_P=max(block, triton.next_power_of_2(size)), BLOCK_B=block, num_warps=4,
         **early(device),
     )  # fmt: skip
@@ -190,7 +190,7 @@ def accept(
     path = torch.empty(1, depth + 1, dtype=torch.int64, device=tokens.device)
     packed = torch.empty(1, depth + 2, dtype=torch.int64, device=tokens.device)
     _accept_kernel[(1,)](
-        tokens, parents, depths, valid.view(torch.uint8), draws, path, packed, slots, DEPTH=depth,
+        tokens, parents, depths, valid.view(torch.uint8), draws, path, packed, slots, depth,
         BLOCK=max(2, triton.next_power_of_2(slots)), BLOCK_D=max(2, triton.next_power_of_2(depth + 1)), num_warps=1,
         **early(tokens.device),
     )  # fmt: skip

@@ -1,8 +1,10 @@
 """What a round costs on this machine, from a few timed rounds of the engine itself, kept on disk.
 
 A round of depth d, width w and budget b costs ``verify(b + 1) + (d - 1) * level(w)``: the target reads b + 1 rows once,
-and every level past the first runs the drafter on w nodes. A round of one level is the first term alone, so both terms
-come from whole rounds - whatever the engine fuses or captures - and are interpolated between them. Ours.
+and every level past the first runs the drafter on w nodes. Both terms come from whole rounds - whatever the engine
+fuses or captures - and are interpolated between them: the second from two trees that differ in depth alone, or on a CPU
+from one level against several. On a GPU rows cost next to nothing and every shape is captured first, so few are timed.
+Ours.
 """
 
 from __future__ import annotations
@@ -34,11 +36,13 @@ from expkit.rundir import cpu_name
 SHAPES = tuple(map(TreeShape.parse, (
     "1,5,5", "6,2,5", "1,12,12", "1,3,3", "6,4,12", "1,8,8", "1,1,1", "1,16,16", "1,24,24", "6,10,24", "1,60,60",
 )))
+CUDA_SHAPES = tuple(map(TreeShape.parse, ("6,10,60", "3,10,60")))
 # fmt: on
 LEAST_SHAPES = 4  # plain decoding included
 CONTEXT, PREFILLED = 128, 8  # tokens in the cache, of which so many are really run
 CAPACITY = 256
 MOST_ROUNDS = 6
+PIPELINED = 8  # rounds timed together where the host may be ahead of the device
 SECONDS = 1.6
 PREEMPTIONS = 60.0  # per second: about 250 where another process wants the same cores, next to none otherwise
 
@@ -51,7 +55,7 @@ class StepCosts:
 
     Attributes:
         plain: a round without drafting: one token.
-        verify: by rows, the root included: a drafted round of one level.
+        verify: by rows, the root included: a drafted round's first level and its verification.
         level: by width: every further level.
     """
 
@@ -91,15 +95,18 @@ def interpolate(table: Mapping[int, float], at: float) -> float:
     return max(0.0, y0 + (y1 - y0) * (at - x0) / (x1 - x0))
 
 
-def measure(make_session: MakeSession, *, most_rows: int, seconds: float = SECONDS) -> StepCosts:
+def measure(make_session: MakeSession, *, most_rows: int, cuda: bool = False, seconds: float = SECONDS) -> StepCosts:
     """Time rounds of a few shapes through fresh sessions.
 
     Args:
         make_session: a session of :data:`CAPACITY` tokens that drafts with a shape, or not at all (None).
         most_rows: rows of the proposal head; wider trees are left out.
+        cuda: rounds are captured.
         seconds: no further sweep over the shapes is begun after this time; half of it may go into warming up.
     """
-    shapes = [shape for shape in SHAPES if shape.width <= most_rows]
+    shapes = [shape for shape in (CUDA_SHAPES if cuda else SHAPES) if shape.width <= most_rows]
+    if cuda and len(shapes) == len(CUDA_SHAPES):
+        return _by_depth(time_rounds(make_session, [None, *shapes], seconds=seconds))
     fastest = time_rounds(make_session, [None, *shapes], seconds=seconds)
     timed = {shape: milliseconds for shape, milliseconds in fastest.items() if shape}
     flat = {shape.budget + 1: spent for shape, spent in timed.items() if shape.depth == 1}
@@ -116,6 +123,15 @@ def measure(make_session: MakeSession, *, most_rows: int, seconds: float = SECON
     return StepCosts(plain, verify, {width: max(spent, least) for width, spent in sorted(level.items())})
 
 
+def _by_depth(fastest: Mapping[TreeShape | None, float]) -> StepCosts:
+    """From plain rounds and :data:`CUDA_SHAPES`."""
+    deep, flat = CUDA_SHAPES
+    plain = fastest[None]
+    level = max(0.01 * plain, (fastest[deep] - fastest[flat]) / (deep.depth - flat.depth))
+    verify = max(plain, fastest[flat] - (flat.depth - 1) * level)
+    return StepCosts(plain, {flat.budget + 1: verify}, {flat.width: level})
+
+
 @torch.inference_mode()
 def time_rounds(
     make_session: MakeSession, shapes: list[TreeShape | None], *, seconds: float
@@ -126,7 +142,7 @@ def time_rounds(
     tokens, so the device has been waited for.
     """
     started = time.perf_counter()
-    rounds: dict[TreeShape | None, Callable[[], None]] = {}
+    rounds: dict[TreeShape | None, Callable[[], float]] = {}
     for shape in shapes:
         if len(rounds) >= LEAST_SHAPES and time.perf_counter() - started > seconds / 2:
             break
@@ -135,16 +151,17 @@ def time_rounds(
     fastest: dict[TreeShape | None, float] = dict.fromkeys(rounds, math.inf)
     for _ in range(MOST_ROUNDS):
         for shape, run in rounds.items():
-            begun = time.perf_counter()
-            run()
-            fastest[shape] = min(fastest[shape], (time.perf_counter() - begun) * 1e3)
+            fastest[shape] = min(fastest[shape], run())
         if time.perf_counter() - started > seconds:
             break
     return fastest
 
 
-def _rounds(session: Session) -> Callable[[], None]:
-    """One round a call, always at about the same length. What the cache holds does not matter, so it stays empty."""
+def _rounds(session: Session) -> Callable[[], float]:
+    """Milliseconds of a round, of one or of several in a pipeline, always at about the same length.
+
+    What the cache holds does not matter, so it stays empty.
+    """
     sampling = Sampling()
     vocab, context = session.backbone.vocab_size, session.backbone.context_length
     ids = [(7 * place + 1) % vocab for place in range(min(CONTEXT, context - 1))]
@@ -152,10 +169,16 @@ def _rounds(session: Session) -> Callable[[], None]:
     seeds = torch.zeros(1, dtype=torch.long, device=session.device)
     session.begin(*session.prefill(ids, keep), keep, sampling, seeds)
 
-    def run() -> None:
-        if session.filled + session.draft.depth + 1 > session.room:
+    def run() -> float:
+        count = 1 if session.ahead == 1 else PIPELINED
+        if session.filled + count * (session.draft.depth + 1) > session.room:
             session.rewind(len(ids))
-        session.round(sampling, seeds)
+        begun = time.perf_counter()
+        for number in range(count):
+            while session.under_way < min(session.ahead, count - number):
+                session.launch(sampling, seeds)
+            session.collect()
+        return (time.perf_counter() - begun) / count * 1e3
 
     return run
 

@@ -114,7 +114,7 @@ def estimate(backbone: Backbone, rows: int, profile: Callable[[int], Acceptance]
         def session(shape: TreeShape | None, head: ProposalHead = head) -> Session:
             return Session(backbone, DrafterDraft(backbone, drafter, head, shape) if shape else NoDraft(), CAPACITY)
 
-        timed[kind] = measure(session, most_rows=head.rows)
+        timed[kind] = measure(session, most_rows=head.rows, cuda=backbone.target.device.type == "cuda")
     plain = min(costs.plain for costs in timed.values())  # the same for all heads
     return Estimate(
         {
