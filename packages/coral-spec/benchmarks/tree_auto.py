@@ -10,9 +10,12 @@ machine and the drafter's profile. `--quick` takes less than a minute on two cor
 from __future__ import annotations
 
 import argparse
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -25,9 +28,17 @@ from coral_spec.tuning.choose import TYPICAL, Tuner, expect
 from expkit.checkpoint import write_json
 from expkit.rundir import evidence
 
-TREES = ("1,1,1", "2,1,2", "2,2,3", "3,1,3", "3,2,5", "3,3,8", "3,4,12", "4,3,12", "4,4,12", "5,4,16", "6,10,60")
+# fmt: off
+TREES = {
+    "cpu": ("1,1,1", "2,1,2", "2,2,3", "3,1,3", "3,2,5", "3,3,8", "3,4,12", "4,3,12", "4,4,12", "5,4,16", "6,10,60"),
+    "cuda": (
+        "3,3,8", "4,4,16", "5,6,24", "5,8,32", "6,10,40",
+        "3,10,60", "4,10,60", "5,10,60", "6,10,60", "7,10,60", "8,10,60", "10,10,60",
+    ),
+}
+# fmt: on
 QUICK = ("2,2,3", "3,2,5", "3,4,12", "4,4,12")
-TASKS = ("sample", "mt_bench")
+TASKS = {"cpu": ("sample", "mt_bench"), "cuda": ("mt_bench", "gsm8k", "humaneval")}
 
 
 def measure(models: dict[str, Model], prompts: list[list[int]], tokens: int) -> dict[str, list[Statistics]]:
@@ -35,7 +46,7 @@ def measure(models: dict[str, Model], prompts: list[list[int]], tokens: int) -> 
     names = list(models)
     found: dict[str, list[Statistics]] = {name: [] for name in names}
     for model in models.values():
-        model.generate(prompts[0], max_new_tokens=12, ignore_eos=True)
+        model.generate(prompts[0], max_new_tokens=40, ignore_eos=True)
     for number, ids in enumerate(prompts):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -88,8 +99,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--limit", type=int, default=8, help="prompts of every task")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--trees", nargs="+", default=TREES)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--trees", nargs="+", default=TREES[kind])
+    parser.add_argument("--tasks", nargs="+", default=TASKS[kind])
     parser.add_argument("--head", default="auto")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--quick", action="store_true", help="few trees, own prompts, short answers")
@@ -100,7 +112,9 @@ def main() -> None:
     proof = evidence(0)
     plain = coral_spec.load(options.model, draft="none")
     draft = str(bundled_drafter(plain.target))
+    started = time.perf_counter()
     auto = plain.with_draft(draft, head=options.head)
+    calibration = time.perf_counter() - started
     tuner = auto.tuner
     assert tuner is not None
     fixed = {name: plain.with_draft(draft, tree=TreeShape.parse(name), head=options.head) for name in options.trees}
@@ -123,11 +137,13 @@ def main() -> None:
     best = max(trees[name]["measured"]["tokens_per_second"] for name in ("plain", *fixed))
     ratio = trees["auto"]["measured"]["tokens_per_second"] / best
     ended = str(auto.tree or "plain")
+    print(f"calibrated in {calibration:.1f} s (from a cache if there was one)")
     print(f"auto began with {chosen}, ended with {ended} (hardness {tuner.hardness:.2f}): {ratio:.3f} of the best")
     if options.json is not None:
         about = {"head_rows": auto.head_rows, "device": str(plain.target.device), "dtype": str(plain.target.dtype)}
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "data_dir")}
         result = {"trees": trees, "began": chosen, "ended": ended, "hardness": tuner.hardness, "of_best": ratio}
+        result |= {"calibration_seconds": calibration, "costs": asdict(tuner.costs)}
         write_json(options.json, {**result, "settings": {**settings, **about}, **proof})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,19 @@ def test_text_that_is_easy_gets_a_larger_tree_after_some_answers():
     for _ in range(10):
         tuner.note(SMALL, [2] * 100)
     assert tuner.shape == LARGE
+
+
+def test_a_change_that_costs_is_made_when_as_much_was_lost():
+    costs = StepCosts(plain=10.0, verify={4: 11.0, 61: 18.0}, level={1: 1.0, 10: 1.5}, change=3000.0)
+    free, dear = Tuner(replace(costs, change=0.0), ACCEPTANCE), Tuner(costs, ACCEPTANCE)
+    free_at, dear_at = (
+        next(answer for answer in range(100) if tuner.note(SMALL, [2] * 100) or tuner.shape == LARGE)
+        for tuner in (free, dear)
+    )
+    best, now = (expect(shape, costs, ACCEPTANCE, dear.hardness) for shape in (LARGE, SMALL))
+    share = 1 - now.tokens_per_second / best.tokens_per_second
+    assert dear_at - free_at >= 3000.0 / (100 * now.milliseconds * share) - 2
+    assert dear.lost == 0.0
 
 
 def test_a_drafter_that_is_never_right_is_left_out():

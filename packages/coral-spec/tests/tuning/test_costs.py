@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -101,6 +101,15 @@ def test_a_slow_machine_times_few_shapes(tmp_path):
     backbone = model._backbone
     costs = measure(lambda shape: Session(backbone, model._make_draft(shape), CAPACITY), most_rows=64, seconds=0.0)
     assert (set(costs.verify), set(costs.level)) == ({6, 13}, {2})
+
+
+def test_a_gpu_times_two_trees_that_differ_in_depth(tmp_path):
+    model = drafting_model(tiny_target("llama"), tmp_path)
+    backbone = model._backbone
+    costs = measure(lambda shape: Session(backbone, model._make_draft(shape), CAPACITY), most_rows=64, cuda=True)
+    assert (set(costs.verify), set(costs.level)) == ({61}, {10})
+    assert costs.change > 0
+    assert StepCosts.from_json(json.loads(json.dumps(asdict(costs)))) == costs
 
 
 def test_the_key_tells_models_and_heads_apart(tmp_path):

@@ -52,12 +52,13 @@ def _accumulate(scores, seen, value, best, total, result):  # type: ignore[no-un
     return higher, total * shrink + tl.sum(weights, axis=1), result
 
 
-@triton.jit(do_not_specialize=["rows", "offset"])
+@triton.jit(do_not_specialize=["rows", "offset", "splits", "least"])
 def _attention_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr, cos_ptr, sin_ptr, query_norm_ptr, key_norm_ptr, positions_ptr, lengths_ptr, ancestors_ptr,
-    keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, scale, eps,
+    keys_ptr, values_ptr, part_ptr, stats_ptr, counter_ptr, out_ptr, rows, offset, capacity, splits, least,
+    scale, eps,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
-    NORM: tl.constexpr, TREE: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr, BLOCK_Q: tl.constexpr,
+    NORM: tl.constexpr, TREE: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
@@ -80,7 +81,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     filled = length + offset
     low = tl.maximum(length - WINDOW + 1, 0) if WINDOW > 0 else length * 0
     # A short prefix takes few programs, since joining their results costs more than it brings.
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, SPLITS), BLOCK_N), LEAST) * BLOCK_N
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, splits), BLOCK_N), least) * BLOCK_N
     active = tl.maximum(tl.cdiv(filled - low, chunk), 1)
     if split < active:
         best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
@@ -142,7 +143,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
         lane = tl.arange(0, BLOCK_Q)
         complete = active == 1
         if active > 1:
-            part = (pair * SPLITS + split) * BLOCK_Q
+            part = (pair * splits + split) * BLOCK_Q
             tl.store(part_ptr + (part + lane)[:, None] * (2 * HALF) + d[None, :], result)
             tl.store(stats_ptr + 2 * part + lane, best)
             tl.store(stats_ptr + 2 * part + BLOCK_Q + lane, total)
@@ -152,7 +153,7 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                 total = tl.zeros([BLOCK_Q], dtype=tl.float32)
                 result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
                 for one in range(active):
-                    its = (pair * SPLITS + one) * BLOCK_Q
+                    its = (pair * splits + one) * BLOCK_Q
                     its_best = tl.load(stats_ptr + 2 * its + lane, cache_modifier=".cg")
                     its_total = tl.load(stats_ptr + 2 * its + BLOCK_Q + lane, cache_modifier=".cg")
                     its_result = tl.load(
@@ -252,9 +253,10 @@ def attend(
     out = torch.empty(nodes, heads * size, dtype=qkv.dtype, device=device)
     _attention_kernel[programs](
         qkv, cos, sin, query_norm, key_norm, positions, lengths, ancestors.view(torch.uint8),
-        keys, values, part, stats, counter, out, nodes, offset, capacity, scaling * 1.4426950408889634, eps,
+        keys, values, part, stats, counter, out, nodes, offset, capacity,
+        blocks.splits, blocks.least, scaling * 1.4426950408889634, eps,
         GROUPS=groups, KV_HEADS=kv_heads, SIZE=size, HALF=half, WINDOW=window or 0,
-        NORM=query_norm is not None, TREE=offset > 0, SPLITS=blocks.splits, LEAST=blocks.least,
+        NORM=query_norm is not None, TREE=offset > 0,
         BLOCK_Q=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_S=max(16, triton.next_power_of_2(nodes)), CAST=cast,
         num_warps=blocks.warps, num_stages=blocks.stages, **early(device),

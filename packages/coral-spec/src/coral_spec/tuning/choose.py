@@ -12,7 +12,7 @@ from coral_spec.tuning.costs import StepCosts
 TYPICAL = 1.3  # hardness to begin with: the profile's long answers to simple prompts are easier than most text
 MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
 NEAR = 0.98  # shapes within this share of the best count as good as it
-GAIN = 1.03  # another shape must promise this much more: an engine that captures its rounds pays for every new shape
+GAIN = 1.03  # another shape must promise this much more
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class Tuner:
     Attributes:
         shape: the tree to draft with; None is plain decoding, which is kept, since nothing tells when it ceases to pay.
         hardness: of the text so far, see :mod:`coral_spec.tuning.acceptance`.
+        lost: milliseconds that a better shape would have saved since the last change. An engine that captures its
+            rounds pays for every new shape, so it is taken when as much has been lost as the change costs.
     """
 
     def __init__(self, costs: StepCosts, acceptance: Acceptance, *, own: bool = True) -> None:
         self.costs, self.acceptance = costs, acceptance
-        self.hardness = TYPICAL
+        self.hardness, self.lost = TYPICAL, 0.0
         self.shape = choose(costs, acceptance, plain=own).shape
 
     def note(self, shape: TreeShape | None, accept_lengths: Sequence[int]) -> None:
@@ -84,5 +86,9 @@ class Tuner:
         self.hardness = self.acceptance.hardness(shape, tau)
         best = choose(self.costs, self.acceptance, self.hardness)
         now = expect(self.shape, self.costs, self.acceptance, self.hardness)
-        if best.tokens_per_second > GAIN * now.tokens_per_second:
-            self.shape = best.shape
+        if best.tokens_per_second <= GAIN * now.tokens_per_second:
+            self.lost = 0.0
+            return
+        self.lost += rounds * now.milliseconds * (1 - now.tokens_per_second / best.tokens_per_second)
+        if self.lost >= self.costs.change:
+            self.shape, self.lost = best.shape, 0.0

@@ -15,7 +15,7 @@ import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,14 +57,16 @@ class StepCosts:
         plain: a round without drafting: one token.
         verify: by rows, the root included: a drafted round's first level and its verification.
         level: by width: every further level.
+        change: until another shape's rounds are captured; 0 where they are not.
     """
 
     plain: float
     verify: Mapping[int, float]
     level: Mapping[int, float]
+    change: float = 0.0
 
     def __post_init__(self) -> None:
-        values = [self.plain, *self.verify.values(), *self.level.values()]
+        values = [self.plain, self.change, *self.verify.values(), *self.level.values()]
         if not self.verify or not self.level or not all(math.isfinite(each) for each in values) or min(values) < 0:
             raise ValueError(f"step costs are {values}, needed finite milliseconds")
 
@@ -82,7 +84,8 @@ class StepCosts:
             assert isinstance(table, dict)
             return {int(key): float(value) for key, value in table.items()}
 
-        return cls(float(str(record["plain"])), numbers(record["verify"]), numbers(record["level"]))
+        plain, change = (float(str(record[name])) for name in ("plain", "change"))
+        return cls(plain, numbers(record["verify"]), numbers(record["level"]), change)
 
 
 def interpolate(table: Mapping[int, float], at: float) -> float:
@@ -105,9 +108,9 @@ def measure(make_session: MakeSession, *, most_rows: int, cuda: bool = False, se
         seconds: no further sweep over the shapes is begun after this time; half of it may go into warming up.
     """
     shapes = [shape for shape in (CUDA_SHAPES if cuda else SHAPES) if shape.width <= most_rows]
-    if cuda and len(shapes) == len(CUDA_SHAPES):
-        return _by_depth(time_rounds(make_session, [None, *shapes], seconds=seconds))
     fastest = time_rounds(make_session, [None, *shapes], seconds=seconds)
+    if cuda and len(shapes) == len(CUDA_SHAPES):
+        return replace(_by_depth(fastest), change=_first_round(make_session(shapes[-1])))
     timed = {shape: milliseconds for shape, milliseconds in fastest.items() if shape}
     flat = {shape.budget + 1: spent for shape, spent in timed.items() if shape.depth == 1}
     # More rows never take less time, so what they took bounds fewer ones that were disturbed.
@@ -130,6 +133,14 @@ def _by_depth(fastest: Mapping[TreeShape | None, float]) -> StepCosts:
     level = max(0.01 * plain, (fastest[deep] - fastest[flat]) / (deep.depth - flat.depth))
     verify = max(plain, fastest[flat] - (flat.depth - 1) * level)
     return StepCosts(plain, {flat.budget + 1: verify}, {flat.width: level})
+
+
+@torch.inference_mode()
+def _first_round(session: Session) -> float:
+    """Milliseconds until a session has captured what it needs, kernels being compiled."""
+    started = time.perf_counter()
+    _rounds(session)()
+    return (time.perf_counter() - started) * 1e3
 
 
 @torch.inference_mode()
