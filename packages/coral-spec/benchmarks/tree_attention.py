@@ -1,4 +1,4 @@
-"""Tree attention at several lengths of context: this package's kernel, torch's SDPA with a mask, compiled flex_attention.
+"""Tree attention at several lengths of context: this package's kernel, torch's SDPA with a mask, flex_attention.
 
     python packages/coral-spec/benchmarks/tree_attention.py --json packages/coral-spec/results/tree-attention.json
 
@@ -116,10 +116,9 @@ def sdpa(problem: Problem, dtype: torch.dtype | None = None) -> list[Callable[[]
         folded = query.flatten(2, 3).to(dtype or query.dtype)
         keys, values = keys.to(dtype or keys.dtype), values.to(dtype or values.dtype)
         mask = additive(visibility(problem.ancestors, problem.lengths, keys.shape[2]), folded.dtype)
+        mask = mask.repeat(1, 1, groups, 1)
         found.append(
-            lambda q=folded, k=keys, v=values, m=mask.repeat(1, 1, groups, 1): functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=m
-            )
+            lambda q=folded, k=keys, v=values, m=mask: functional.scaled_dot_product_attention(q, k, v, attn_mask=m)
         )
     return found
 

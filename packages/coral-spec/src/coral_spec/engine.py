@@ -151,6 +151,14 @@ class Session:
             logits, features, keep: of :meth:`prefill`; a single row is repeated.
             seeds: ``(batch,)``.
         """
+        try:
+            return self._begin(logits, features, keep, sampling, seeds)
+        except Exception as error:  # everything else that may fail to compile runs at load, or is captured first
+            if not kernels.give_up(error):
+                raise
+            return self._begin(logits, features, keep, sampling, seeds)
+
+    def _begin(self, logits: Tensor, features: Tensor, keep: int, sampling: Sampling, seeds: Tensor) -> list[int]:
         batch = self.lengths.shape[0]
         root = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         first = sampling.draw(logits[:, None].expand(batch, -1, -1), self.lengths[:, None], root, seeds)

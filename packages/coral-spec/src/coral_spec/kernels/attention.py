@@ -17,27 +17,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
+from coral_spec.kernels.launch import LINE, early, let_next_start, prefetch_rows, wait_for_inputs
 
 
 @triton.jit
-def _gather_heads(  # type: ignore[no-untyped-def]
-    qkv_ptr, base, inside, positions, cos_ptr, sin_ptr, norm_ptr, eps,
-    SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Both halves ``[rows, HALF]`` of heads at ``base``, normed and turned."""
+def _load_heads(  # type: ignore[no-untyped-def]
+    qkv_ptr, base, inside, positions, cos_ptr, sin_ptr, SIZE: tl.constexpr, HALF: tl.constexpr
+):
+    """Both halves ``[rows, HALF]`` of heads at ``base``, and what they are turned by."""
     d = tl.arange(0, HALF)
     at = base[:, None] + d[None, :]
     mask = inside[:, None] & (d < SIZE // 2)[None, :]
-    first = tl.load(qkv_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    second = tl.load(qkv_ptr + at + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    first = tl.load(qkv_ptr + at, mask=mask, other=0.0)
+    second = tl.load(qkv_ptr + at + SIZE // 2, mask=mask, other=0.0)
+    turn = positions[:, None] * SIZE + d[None, :]
+    cos = tl.load(cos_ptr + turn, mask=mask, other=0.0)
+    sin = tl.load(sin_ptr + turn + SIZE // 2, mask=mask, other=0.0)
+    return first, second, cos, sin
+
+
+@triton.jit
+def _turn_heads(  # type: ignore[no-untyped-def]
+    first, second, cos, sin, norm_ptr, eps, SIZE: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr
+):
+    """The halves normed and turned, in fp32."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
     if NORM:
+        d = tl.arange(0, HALF)
         scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / SIZE + eps)[:, None]
         first *= scale * tl.load(norm_ptr + d, mask=d < SIZE // 2, other=0.0)[None, :]
         second *= scale * tl.load(norm_ptr + SIZE // 2 + d, mask=d < SIZE // 2, other=0.0)[None, :]
-    turn = positions[:, None] * SIZE + d[None, :]
-    cos = tl.load(cos_ptr + turn, mask=mask, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + turn + SIZE // 2, mask=mask, other=0.0).to(tl.float32)
+    cos, sin = cos.to(tl.float32), sin.to(tl.float32)
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -59,9 +69,11 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     scale, eps,
     GROUPS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
     NORM: tl.constexpr, TREE: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CAST: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
+    # At short prefixes this kernel waits for memory alone, so everything is asked for as soon as its place is known.
+    length = tl.load(lengths_ptr).to(tl.int32)
     head, split, block = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     blocks = tl.num_programs(2)
     stride: tl.constexpr = (GROUPS + 2) * KV_HEADS * SIZE
@@ -70,12 +82,8 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     node, query_in = query // GROUPS, query < rows * GROUPS
     own_head = head * GROUPS + query % GROUPS
     position = tl.load(positions_ptr + node, mask=query_in, other=0)
-    q_first, q_second = _gather_heads(
-        qkv_ptr, node * stride + own_head * SIZE, query_in, position, cos_ptr, sin_ptr, query_norm_ptr, eps,
-        SIZE, HALF, NORM,
-    )  # fmt: skip
-    q_first, q_second = (q_first * scale).to(dtype), (q_second * scale).to(dtype)
-    length = tl.load(lengths_ptr).to(tl.int32)
+    new = tl.arange(0, BLOCK_S)
+    new_position = tl.load(positions_ptr + new, mask=new < rows, other=0)
     width = offset + rows
     d, half = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
     filled = length + offset
@@ -84,20 +92,40 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
     chunk = tl.maximum(tl.cdiv(tl.cdiv(filled - low, splits), BLOCK_N), least) * BLOCK_N
     active = tl.maximum(tl.cdiv(filled - low, chunk), 1)
     if split < active:
+        begin = low + split * chunk
+        end = tl.minimum(begin + chunk, filled)
+        if EARLY:
+            prefetch_rows(keys_ptr, head * capacity + begin, head * capacity + end, SIZE, BLOCK_N, LINES)
+            prefetch_rows(values_ptr, head * capacity + begin, head * capacity + end, SIZE, BLOCK_N, LINES)
+        q_first, q_second, q_cos, q_sin = _load_heads(
+            qkv_ptr, node * stride + own_head * SIZE, query_in, position, cos_ptr, sin_ptr, SIZE, HALF
+        )
+        last = split == active - 1
+        new_in = new < tl.where(last, rows, 0)
+        base = new * stride + (GROUPS * KV_HEADS + head) * SIZE
+        new_first, new_second, new_cos, new_sin = _load_heads(
+            qkv_ptr, base, new_in, new_position, cos_ptr, sin_ptr, SIZE, HALF
+        )
+        value_mask = new_in[:, None] & (d < SIZE)[None, :]
+        new_value = tl.load(qkv_ptr + base[:, None] + KV_HEADS * SIZE + d[None, :], mask=value_mask, other=0.0)
+        pair_in = query_in[:, None] & new_in[None, :]
+        new_seen = tl.load(ancestors_ptr + node[:, None] * width + offset + new[None, :], mask=pair_in, other=0)
+
+        q_first, q_second = _turn_heads(q_first, q_second, q_cos, q_sin, query_norm_ptr, eps, SIZE, HALF, NORM)
+        q_first, q_second = (q_first * scale).to(dtype), (q_second * scale).to(dtype)
         best = tl.full([BLOCK_Q], -1.0e30, dtype=tl.float32)
         total = tl.zeros([BLOCK_Q], dtype=tl.float32)
         result = tl.zeros([BLOCK_Q, 2 * HALF], dtype=tl.float32)
-        begin = low + split * chunk
-        end = tl.minimum(begin + chunk, filled)
         for start in range(begin, end, BLOCK_N):
             slot = start + tl.arange(0, BLOCK_N)
             slot_in = slot < end
             at = (head * capacity + slot) * SIZE
             k_mask = slot_in[None, :] & (half < SIZE // 2)[:, None]
-            k_first = tl.load(keys_ptr + at[None, :] + half[:, None], mask=k_mask, other=0.0).to(dtype)
-            k_second = tl.load(keys_ptr + at[None, :] + SIZE // 2 + half[:, None], mask=k_mask, other=0.0).to(dtype)
-            scores = tl.dot(q_first, k_first, input_precision="ieee")
-            scores = tl.dot(q_second, k_second, scores, input_precision="ieee")
+            k_first = tl.load(keys_ptr + at[None, :] + half[:, None], mask=k_mask, other=0.0)
+            k_second = tl.load(keys_ptr + at[None, :] + SIZE // 2 + half[:, None], mask=k_mask, other=0.0)
+            value = tl.load(
+                values_ptr + at[:, None] + d[None, :], mask=slot_in[:, None] & (d < SIZE)[None, :], other=0.0
+            )
             seen = slot_in[None, :] & query_in[:, None]
             if TREE:
                 behind = slot - length
@@ -106,37 +134,28 @@ def _attention_kernel(  # type: ignore[no-untyped-def]
                     mask=seen & (behind >= 0)[None, :], other=0,
                 )  # fmt: skip
                 seen = seen & ((behind < 0)[None, :] | (own != 0))
+            scores = tl.dot(q_first, k_first.to(dtype), input_precision="ieee")
+            scores = tl.dot(q_second, k_second.to(dtype), scores, input_precision="ieee")
             if WINDOW > 0:
                 seen = seen & (position[:, None] - slot[None, :] < WINDOW)
-            value = tl.load(
-                values_ptr + at[:, None] + d[None, :], mask=slot_in[:, None] & (d < SIZE)[None, :], other=0.0
-            ).to(dtype)
-            best, total, result = _accumulate(scores, seen, value, best, total, result)
-        if split == active - 1:
-            new = tl.arange(0, BLOCK_S)
-            new_in = new < rows
-            new_position = tl.load(positions_ptr + new, mask=new_in, other=0)
-            base = new * stride + (GROUPS * KV_HEADS + head) * SIZE
-            k_first, k_second = _gather_heads(
-                qkv_ptr, base, new_in, new_position, cos_ptr, sin_ptr, key_norm_ptr, eps, SIZE, HALF, NORM
+            best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
+        if last:
+            k_first, k_second = _turn_heads(
+                new_first, new_second, new_cos, new_sin, key_norm_ptr, eps, SIZE, HALF, NORM
             )
-            value_mask = new_in[:, None] & (d < SIZE)[None, :]
-            value = tl.load(qkv_ptr + base[:, None] + KV_HEADS * SIZE + d[None, :], mask=value_mask, other=0.0)
             if block == 0:
                 at = (head * capacity + filled + new) * SIZE
                 k_mask = new_in[:, None] & (half < SIZE // 2)[None, :]
                 element = keys_ptr.dtype.element_ty
                 tl.store(keys_ptr + at[:, None] + half[None, :], k_first.to(element), mask=k_mask)
                 tl.store(keys_ptr + at[:, None] + SIZE // 2 + half[None, :], k_second.to(element), mask=k_mask)
-                tl.store(values_ptr + at[:, None] + d[None, :], value, mask=value_mask)
+                tl.store(values_ptr + at[:, None] + d[None, :], new_value, mask=value_mask)
             scores = tl.dot(q_first, tl.trans(k_first.to(dtype)), input_precision="ieee")
             scores = tl.dot(q_second, tl.trans(k_second.to(dtype)), scores, input_precision="ieee")
-            pair_in = query_in[:, None] & new_in[None, :]
-            own = tl.load(ancestors_ptr + node[:, None] * width + offset + new[None, :], mask=pair_in, other=0)
-            seen = pair_in & (own != 0)
+            seen = pair_in & (new_seen != 0)
             if WINDOW > 0:
                 seen = seen & (position[:, None] - new_position[None, :] < WINDOW)
-            best, total, result = _accumulate(scores, seen, value.to(dtype), best, total, result)
+            best, total, result = _accumulate(scores, seen, new_value.to(dtype), best, total, result)
 
         let_next_start(EARLY)
         pair = head * blocks + block
@@ -259,6 +278,7 @@ def attend(
         NORM=query_norm is not None, TREE=offset > 0,
         BLOCK_Q=blocks.queries, BLOCK_N=blocks.keys,
         BLOCK_S=max(16, triton.next_power_of_2(nodes)), CAST=cast,
+        LINES=triton.next_power_of_2(triton.cdiv(size * keys.element_size(), LINE)),
         num_warps=blocks.warps, num_stages=blocks.stages, **early(device),
     )  # fmt: skip
     return out

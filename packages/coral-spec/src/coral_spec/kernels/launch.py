@@ -35,9 +35,9 @@ def wait_for_inputs(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def prefetch_rows(ptr, first, rows, width, ROWS: tl.constexpr, LINES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring ``ROWS`` rows from ``first`` on, of a matrix ``(rows, width)``, to the level-2 cache, line by line."""
+    """Bring ``ROWS`` rows from ``first`` on, of a matrix ``(rows, width)``, to the level-2 cache, ``LINES`` of each."""
     step: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements of a line
-    row = tl.minimum(first + tl.arange(0, ROWS), rows - 1).to(tl.int64)
+    row = tl.maximum(tl.minimum(first + tl.arange(0, ROWS), rows - 1), 0).to(tl.int64)
     column = tl.minimum(tl.arange(0, LINES) * step, width - 1)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",

@@ -68,10 +68,23 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         prefetch_rows(w_ptr, tl.program_id(0) * BLOCK_N, outputs, width, BLOCK_N, LINES)
         if GATED:
             prefetch_rows(w_ptr, outputs + tl.program_id(0) * BLOCK_N, 2 * outputs, width, BLOCK_N, LINES)
-    wait_for_inputs(EARLY)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = tl.arange(0, BLOCK_R)
     row_in, column_in = row < rows, column < outputs
+    at = row[:, None] * outputs + column[None, :]
+    inside = row_in[:, None] & column_in[None, :]
+    # What the last steps need is asked for first, so that it has come when they begin.
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+        if GATED:
+            up_bias = tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)
+    if NEXT:
+        next_weight = tl.load(next_ptr + column, mask=column_in, other=0.0)
+    wait_for_inputs(EARLY)
+    if NORM:
+        size = _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
     result = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     up = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
@@ -91,25 +104,21 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
             up = tl.dot(x, u, up, input_precision="ieee")
     let_next_start(EARLY)
     if NORM:
-        size = _row_sizes(squares_ptr, rows, row, parts, width, eps, BLOCK_P)[:, None]
-        result *= size
-        up *= size
+        result *= size[:, None]
+        up *= size[:, None]
     if BIAS:
-        result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)[None, :]
+        result += bias[None, :]
         if GATED:
-            up += tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)[None, :]
+            up += up_bias[None, :]
     if GATED:
         result = _activate(result, GELU) * up
-    at = row[:, None] * outputs + column[None, :]
-    inside = row_in[:, None] & column_in[None, :]
     if RESIDUAL:
-        result += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        result += residual.to(tl.float32)
     element = out_ptr.dtype.element_ty
     tl.store(out_ptr + at, result.to(element), mask=inside)
     if NEXT:
         stored = result.to(element).to(tl.float32)
-        scaled = stored * tl.load(next_ptr + column, mask=column_in, other=0.0)[None, :]
-        tl.store(scaled_ptr + at, scaled.to(element), mask=inside)
+        tl.store(scaled_ptr + at, (stored * next_weight[None, :]).to(element), mask=inside)
         sums = tl.sum(tl.where(inside, stored * stored, 0.0), axis=1)
         tl.store(sums_ptr + tl.program_id(0) * rows + row, sums, mask=row_in)
 
@@ -133,7 +142,20 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     up_at = outputs.to(tl.int64) * width + weight_at
     w = tl.load(w_ptr + weight_at, mask=weight_in, other=0.0)
     u = tl.load(w_ptr + up_at, mask=weight_in, other=0.0) if GATED else w
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+        if GATED:
+            up_bias = tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)
+    if NEXT:
+        next_weight = tl.load(next_ptr + column, mask=column_in, other=0.0)
     wait_for_inputs(EARLY)
+    if NORM:
+        part = tl.arange(0, BLOCK_P)
+        total = tl.zeros([BLOCK_P], dtype=tl.float32)
+        for first in range(0, parts, BLOCK_P):
+            total += tl.load(squares_ptr + first + part, mask=first + part < parts, other=0.0)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + column, mask=column_in, other=0.0)
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
@@ -148,27 +170,22 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     result = tl.sum(sums, axis=1)
     up = tl.sum(ups, axis=1) if GATED else result
     if NORM:
-        part = tl.arange(0, BLOCK_P)
-        total = tl.zeros([BLOCK_P], dtype=tl.float32)
-        for first in range(0, parts, BLOCK_P):
-            total += tl.load(squares_ptr + first + part, mask=first + part < parts, other=0.0)
         size = tl.rsqrt(tl.sum(total, axis=0) / width + eps)
         result *= size
         up *= size
     if BIAS:
-        result += tl.load(bias_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+        result += bias
         if GATED:
-            up += tl.load(bias_ptr + outputs + column, mask=column_in, other=0.0).to(tl.float32)
+            up += up_bias
     if GATED:
         result = _activate(result, GELU) * up
     if RESIDUAL:
-        result += tl.load(residual_ptr + column, mask=column_in, other=0.0).to(tl.float32)
+        result += residual.to(tl.float32)
     element = out_ptr.dtype.element_ty
     tl.store(out_ptr + column, result.to(element), mask=column_in)
     if NEXT:
         stored = result.to(element).to(tl.float32)
-        scaled = stored * tl.load(next_ptr + column, mask=column_in, other=0.0)
-        tl.store(scaled_ptr + column, scaled.to(element), mask=column_in)
+        tl.store(scaled_ptr + column, (stored * next_weight).to(element), mask=column_in)
         tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.where(column_in, stored * stored, 0.0), axis=0))
 
 
