@@ -212,12 +212,16 @@ class Blocks:
     splits: int
 
 
-def choose_blocks(rows: int, size: int, capacity: int, wide: bool) -> Blocks:
+def choose_blocks(rows: int, kv_heads: int, size: int, capacity: int, wide: bool) -> Blocks:
     """Blocks that measured well on an H100 (`benchmarks/tree_attention.py`); ``wide``: fp32."""
-    splits = 8 if capacity <= 2048 else 16 if capacity <= 8192 else 32
     # Few queries a program are soonest done; over a long prefix reading the keys for many at once pays.
-    queries = 16 if capacity <= 4096 else min(64, max(16, triton.next_power_of_2(rows)))
-    return Blocks(queries, 32 if size > 128 or wide else 64, 4, 2, 1 if queries == 16 else 2, splits)
+    queries = 16
+    if kv_heads * triton.cdiv(rows, queries) * capacity > 110_000:
+        queries = min(64, max(16, triton.next_power_of_2(rows)))
+    programs = kv_heads * triton.cdiv(rows, queries)
+    most = triton.next_power_of_2(triton.cdiv(capacity, 128))
+    splits = max(1, min(64, most, max(8, triton.next_power_of_2(264 // programs))))
+    return Blocks(queries, 32 if size > 128 or wide else 64, 4, 2, 2, splits)
 
 
 def attend(
@@ -263,7 +267,7 @@ def attend(
     groups = heads // kv_heads
     half = max(16, triton.next_power_of_2(size // 2))
     if blocks is None:
-        blocks = choose_blocks(nodes * groups, size, capacity, qkv.dtype == torch.float32)
+        blocks = choose_blocks(nodes * groups, kv_heads, size, capacity, qkv.dtype == torch.float32)
     programs = kv_heads, blocks.splits, triton.cdiv(nodes * groups, blocks.queries)
     parts = math.prod(programs)
     device = qkv.device

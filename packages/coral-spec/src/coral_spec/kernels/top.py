@@ -13,7 +13,8 @@ from torch import Tensor
 
 from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 
-CHUNK = 2048
+CHUNK, SHORT_CHUNK = 2048, 512  # columns of one program; the second where there are at most SHORT of them
+SHORT = 16384
 
 
 @triton.jit
@@ -98,13 +99,14 @@ def top_log_probs(logits: Tensor, count: int, ids: Tensor | None = None) -> tupl
     """
     rows, vocab = logits.shape
     size = max(2, triton.next_power_of_2(count))
-    chunks = triton.cdiv(vocab, CHUNK)
+    chunk = SHORT_CHUNK if vocab <= SHORT else CHUNK
+    chunks = triton.cdiv(vocab, chunk)
     device = logits.device
     keys = torch.empty(rows, chunks, size, dtype=torch.int64, device=device)
     sums = torch.empty(rows, chunks, 2, dtype=torch.float32, device=device)
     log_probs = torch.empty(rows, count, dtype=torch.float32, device=device)
     tokens = torch.empty(rows, count, dtype=torch.int64, device=device)
-    _chunk_kernel[(chunks, rows)](logits, keys, sums, vocab, chunks, K=size, CHUNK=CHUNK, num_warps=4, **early(device))
+    _chunk_kernel[(chunks, rows)](logits, keys, sums, vocab, chunks, K=size, CHUNK=chunk, num_warps=4, **early(device))
     _join_kernel[(rows,)](
         keys, sums, ids, log_probs, tokens, chunks, count,
         K=size, BLOCK=triton.next_power_of_2(chunks * size), BLOCK_C=triton.next_power_of_2(chunks),
