@@ -26,6 +26,14 @@ def test_the_shape_with_the_most_tokens_per_second_is_chosen(costs, wanted):
     assert choose(costs, ACCEPTANCE).shape == wanted
 
 
+def test_text_that_differs_is_weighed_by_the_time_it_takes():
+    costs = StepCosts(plain=10.0, verify={4: 11.0, 61: 13.0}, level={1: 1.0, 10: 1.5})
+    one, both = (choose(costs, ACCEPTANCE, 1.0, spread=spread) for spread in ((1.0,), (1.0, 6.0)))
+    assert (one.shape, both.shape) == (LARGE, SMALL)
+    taus = [ACCEPTANCE.tau(SMALL, hardness) for hardness in (1.0, 6.0)]
+    assert both.tau == pytest.approx(2 / sum(1 / tau for tau in taus))
+
+
 def test_only_rows_that_were_timed_are_chosen():
     costs = StepCosts(plain=10.0, verify={4: 11.0, 60: 11.0}, level={1: 0.1, 10: 0.1})
     assert choose(costs, ACCEPTANCE).shape == SMALL

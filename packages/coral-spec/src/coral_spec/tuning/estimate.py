@@ -51,7 +51,7 @@ class HeadEstimate:
 
     def best(self, hardness: float) -> Choice:
         """The best tree, drafting in any case."""
-        return choose(self.costs, self.acceptance, hardness, plain=False)
+        return choose(self.costs, self.acceptance, hardness, plain=False, spread=(1.0,))
 
     def speedup(self, choice: Choice) -> float:
         """Over plain decoding."""
