@@ -100,8 +100,11 @@ class Backbone:
         positions = positions.clamp(max=self.context_length - 1)
         if self.layers:
             nodes = Nodes(positions, ancestors, lengths, 0, keys, self.target.dtype)
+            states = self.embed(tokens)
+            if self._cache_sizes is not None and tokens.shape[0] == 1:
+                cache.allocate(len(self.layers), *self._cache_sizes, states)
             stores = [cache.store(index) for index in range(len(self.layers))]
-            return run(self.layers, self._final_norm, self.embed(tokens), nodes, stores)
+            return run(self.layers, self._final_norm, states, nodes, stores)
         cache.aim(lengths[:, None] + torch.arange(count, device=tokens.device), keys)
         visible = visibility(ancestors, lengths, keys)
         output = self.decoder(
@@ -135,6 +138,8 @@ class Backbone:
         if found is None:
             return
         self.layers, self._final_norm = found
+        sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers}
+        self._cache_sizes = sizes.pop() if len(sizes) == 1 else None
         try:
             difference = self._difference()
         except Exception as error:

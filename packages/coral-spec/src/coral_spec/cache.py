@@ -98,6 +98,7 @@ class StaticCache(Cache):
         super().__init__(layers=[])
         self.capacity = capacity
         self.stores: dict[int, SlotStore] = {}
+        self._joint: Tensor | None = None  # (2 * layers, kv_heads, capacity, head_dim): where `allocate` put them
         self._slots: Tensor = torch.empty(0)
         self._visible = 0
         self._addresses: Tensor | None = None
@@ -118,6 +119,19 @@ class StaticCache(Cache):
             self.stores[layer] = SlotStore(self.capacity)
         return self.stores[layer]
 
+    def allocate(self, layers: int, kv_heads: int, head_dim: int, like: Tensor) -> None:
+        """Room for one row of layers of the same sizes, if there is none yet; device and dtype are those of ``like``.
+
+        It is one tensor, so that a path is committed in two operations.
+        """
+        if self.stores:
+            return
+        self._joint = like.new_zeros(2 * layers, kv_heads, self.capacity, head_dim)
+        for layer in range(layers):
+            store = self.store(layer)
+            store.keys, store.values = self._joint[2 * layer][None], self._joint[2 * layer + 1][None]
+            store.counter = torch.zeros(1024, dtype=torch.int32, device=like.device)
+
     def commit(self, lengths: Tensor, path: Tensor) -> None:
         """Move slots ``lengths + path`` to those from ``lengths`` on.
 
@@ -130,8 +144,12 @@ class StaticCache(Cache):
             kernels.commit(self.addresses(), first, lengths, path[0])
             return
         starts = lengths[:, None]
+        source, destination = starts + path, starts + torch.arange(path.shape[1], device=path.device)
+        if self._joint is not None:
+            self._joint.index_copy_(2, destination[0], self._joint.index_select(2, source[0]))
+            return
         for store in self.stores.values():
-            store.move(starts + path, starts + torch.arange(path.shape[1], device=path.device))
+            store.move(source, destination)
 
     def _alike(self, first: Tensor) -> bool:
         buffers = [each for store in self.stores.values() for each in (store.keys, store.values)]
@@ -149,6 +167,14 @@ class StaticCache(Cache):
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :meth:`SlotStore.resize`."""
         self.capacity, self._addresses = capacity, None
+        if self._joint is not None and batch == 1:
+            old, self._joint = self._joint, None
+            self.stores.clear()
+            self.allocate(old.shape[0] // 2, old.shape[1], old.shape[3], old)
+            assert self._joint is not None
+            self._joint[:, :, :filled] = old[:, :, :filled]
+            return
+        self._joint = None
         for store in self.stores.values():
             store.resize(batch, capacity, filled)
 
