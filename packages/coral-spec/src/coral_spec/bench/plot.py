@@ -10,7 +10,7 @@ from expkit.checkpoint import atomic_path
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; baselines are greys.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
-_GREYS = {"hf": "#9A9A9A", "ar": "#5F5F5F"}
+_GREYS = {"hf": "#BDBDBD", "hf-compiled": "#8F8F8F", "ar": "#5F5F5F"}
 
 
 def save_chart(runs: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
