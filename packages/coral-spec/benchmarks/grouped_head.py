@@ -1,0 +1,167 @@
+"""The grouped head's kernel against the full head and against the memory's own speed.
+
+    python packages/coral-spec/benchmarks/grouped_head.py --json packages/coral-spec/results/grouped-head.json
+
+Heads of known models with random weights, a quarter and an eighth of the rows active, several nodes of a tree level.
+Microseconds, median, calls captured one after another in a CUDA graph; heads rotate so that no cache holds them. `full`
+is cuBLAS's product with all rows, then this package's top-k; `torch` is `topk` and `logsumexp` instead; the bandwidth
+is that of a device copy in the same run, bytes read and written. Writes a roofline beside the JSON. `--quick` runs
+small sizes; on a CPU in Triton's interpreter, which measures nothing but shows that the script works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from coral_spec.kernels.grouped import grouped_top
+from coral_spec.kernels.top import top_log_probs
+from expkit.checkpoint import atomic_path, write_json
+from expkit.rundir import evidence
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HEADS = {
+    "Llama-3-8B": (128256, 4096),
+    "Qwen2.5-7B": (152064, 3584),
+    "Gemma3-270M": (262144, 640),
+    "SmolLM2-135M": (49152, 576),
+}
+GROUPS, COUNT = 32, 10
+SHARES = (4, 8)
+NODES = (1, 10, 16)
+
+
+def microseconds(calls: list[Callable[[], Any]]) -> float:
+    """Median time of one call; on a CPU nothing is captured."""
+    for call in calls:
+        call()
+    if DEVICE.type == "cpu":
+        return float("nan")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second that a device copy reads and writes."""
+    size = 1 << (30 if DEVICE.type == "cuda" else 16)
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE).random_(0, 255)
+    target = torch.empty_like(source)
+    return 2 * size / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
+
+
+def plain_top(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """By torch's own operations."""
+    best = logits.topk(COUNT, dim=-1)
+    return best.values.float() - logits.float().logsumexp(-1, keepdim=True), best.indices
+
+
+@torch.inference_mode()
+def measure(vocab: int, width: int, share: int, nodes: int) -> dict[str, Any]:
+    """One head, one share of active rows."""
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    rows = -(-vocab // GROUPS)
+    copies = max(2, min(6, int(3e8 // (vocab * width * 2)) + 1))
+    slabs = [torch.randn(GROUPS, rows, width, device=DEVICE).mul_(0.02).to(dtype) for _ in range(copies)]
+    ids = torch.arange(GROUPS * rows, device=DEVICE).view(GROUPS, rows)
+    ids = torch.where(ids < vocab, ids, -1)
+    features = torch.randn(nodes, width, device=DEVICE).to(dtype)
+    choices = [torch.randperm(GROUPS, device=DEVICE)[: GROUPS // share].sort().values for _ in range(8)]
+    cast = DEVICE.type == "cpu"
+    routed = microseconds(
+        [
+            lambda s=slabs[number % copies], a=active: grouped_top(features, s, a, COUNT, ids=ids, cast=cast)
+            for number, active in enumerate(choices)
+        ]
+    )
+    heads = [each.view(-1, width)[:vocab] for each in slabs]
+
+    def whole(number: int) -> Tensor:
+        return functional.linear(features, heads[number % copies])
+
+    full = microseconds([lambda n=number: top_log_probs(whole(n), COUNT) for number in range(6)])
+    stock = microseconds([lambda n=number: plain_top(whole(n)) for number in range(6)])
+    read = (GROUPS // share) * rows * width * slabs[0].element_size()
+    return {"routed": routed, "full": full, "torch": stock, "bytes": read, "bytes_per_second": read / routed * 1e6}
+
+
+def draw(rows: list[dict[str, Any]], bandwidth: float, path: Path) -> None:
+    """Bytes read against the rate at which they were read, under the memory's own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    colours = dict(zip(HEADS, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=True))
+    markers = dict(zip(NODES, ("o", "s", "^"), strict=True))
+    for row in rows:
+        axes.plot(
+            row["bytes"] / 1e6,
+            row["bytes_per_second"] / 1e12,
+            markers[row["nodes"]],
+            color=colours[row["head"]],
+            label=f"{row['head']}, {row['nodes']} nodes" if row["share"] == SHARES[0] else None,
+        )
+    axes.axhline(bandwidth / 1e12, color="#5F5F5F", label="device copy")
+    axes.axhline(0.8 * bandwidth / 1e12, color="#5F5F5F", linestyle=":", label="80 % of it")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("megabytes of active rows")
+    axes.set_ylabel("TB/s of active rows read, top-k included")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+    with atomic_path(path) as aside:
+        figure.savefig(aside, format="png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    heads = {"SmolLM2-135M": (1000, 64)} if options.quick else HEADS
+    bandwidth = copy_bandwidth()
+    out = Table("head", "active rows", "nodes", "routed µs", "of the bandwidth", "full µs", "torch µs", "over full")
+    rows: list[dict[str, Any]] = []
+    for (name, (vocab, width)), share, nodes in itertools.product(heads.items(), SHARES, NODES):
+        row = {"head": name, "share": share, "nodes": nodes, **measure(vocab, width, share, nodes)}
+        rows.append(row)
+        of_copy, over = row["bytes_per_second"] / bandwidth, row["full"] / row["routed"]
+        times = [f"{row[key]:.1f}" for key in ("routed", "full", "torch")]
+        out.add_row(name, f"1/{share}", str(nodes), times[0], f"{of_copy:.0%}", *times[1:], f"{over:.2f}x")
+    Console(width=120).print(out)
+    print(f"device copy: {bandwidth / 1e12:.2f} TB/s read and written")
+    if options.json is not None:
+        about = {"groups": GROUPS, "count": COUNT, "copy_bytes_per_second": bandwidth}
+        write_json(options.json, {"measured": rows, "settings": about, **evidence(0)})
+        if DEVICE.type == "cuda":
+            draw(rows, bandwidth, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

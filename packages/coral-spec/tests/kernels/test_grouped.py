@@ -1,0 +1,85 @@
+"""The grouped head's kernel against plain torch, in Triton's interpreter on a CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from coral_spec.kernels.grouped import grouped_top
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def problem(nodes: int, groups: int, rows: int, width: int, empty: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(nodes + groups + rows)
+    features = torch.randn(nodes, width, generator=generator)
+    slabs = torch.randn(groups, rows, width, generator=generator)
+    ids = torch.randperm(groups * rows, generator=generator).view(groups, rows)
+    ids.view(-1)[torch.randperm(groups * rows, generator=generator)[:empty]] = -1
+    log_mass = torch.randn(nodes, groups, generator=generator).log_softmax(-1)
+    return features.to(DEVICE, dtype), slabs.to(DEVICE, dtype), ids.to(DEVICE), log_mass.to(DEVICE)
+
+
+def expected(features, slabs, ids, active, count, log_mass):
+    """All log-probabilities of the active slabs' tokens, the slow way."""
+    logits = torch.einsum("nw,krw->nkr", features.double(), slabs[active].double())
+    logits = logits.masked_fill(ids[active] < 0, float("-inf"))
+    if log_mass is None:
+        log_probs = logits.flatten(1).log_softmax(-1)
+    else:
+        log_probs = (logits.log_softmax(-1) + log_mass.double()[:, :, None]).flatten(1)
+    best = log_probs.topk(count, dim=-1)
+    return best.values.float(), ids[active].flatten()[best.indices]
+
+
+CASES = [
+    (1, 4, 70, 24, [2], 3, 0),  # one group
+    (3, 4, 70, 24, [0, 1, 2, 3], 10, 9),  # all groups
+    (10, 6, 130, 40, [1, 4], 10, 100),  # odd sizes, many empty places
+    (17, 3, 64, 16, [0, 2], 1, 0),
+    (5, 40, 65, 16, list(range(0, 40, 2)), 16, 30),  # more keys than one program joins
+]
+
+
+@pytest.mark.parametrize(("nodes", "groups", "rows", "width", "active", "count", "empty"), CASES)
+@pytest.mark.parametrize("hierarchical", [False, True])
+def test_the_best_are_those_of_all_logits(nodes, groups, rows, width, active, count, empty, hierarchical):
+    features, slabs, ids, log_mass = problem(nodes, groups, rows, width, empty)
+    active = torch.tensor(active, device=DEVICE)
+    mass = log_mass[:, active].contiguous() if hierarchical else None
+    found = grouped_top(features, slabs, active, count, ids=ids, log_mass=mass, cast=DEVICE == "cpu")
+    wanted = expected(features, slabs, ids, active, count, mass)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], wanted[1])
+
+
+def test_a_group_of_empty_places_gives_nothing():
+    features, slabs, ids, log_mass = problem(4, 3, 70, 16, 0)
+    ids[1] = -1
+    active = torch.tensor([1, 2], device=DEVICE)
+    for mass in (None, log_mass[:, active].contiguous()):
+        log_probs, tokens = grouped_top(features, slabs, active, 8, ids=ids, log_mass=mass, cast=DEVICE == "cpu")
+        assert torch.isfinite(log_probs).all()
+        assert torch.isin(tokens, ids[2]).all()
+
+
+def test_without_ids_places_are_tokens():
+    features, slabs, _, _ = problem(2, 4, 33, 16, 0)
+    active = torch.tensor([1, 3], device=DEVICE)
+    _, tokens = grouped_top(features, slabs, active, 5, cast=DEVICE == "cpu")
+    places = torch.arange(4 * 33, device=DEVICE).view(4, 33)
+    assert torch.equal(tokens, expected(features, slabs, places, active, 5, None)[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
+@pytest.mark.parametrize("nodes", [1, 10, 16, 61])
+def test_in_bf16_the_best_are_as_good_as_fp32_says(nodes):
+    features, slabs, ids, _ = problem(nodes, 8, 515, 576, 77, torch.bfloat16)
+    active = torch.tensor([0, 3, 7], device=DEVICE)
+    log_probs, tokens = grouped_top(features, slabs, active, 10, ids=ids)
+    wanted = expected(features, slabs, ids, active, 10, None)[0]
+    torch.testing.assert_close(log_probs, wanted, rtol=2e-2, atol=2e-2)
+    assert (tokens >= 0).all()
