@@ -83,3 +83,21 @@ def test_in_bf16_the_best_are_as_good_as_fp32_says(nodes):
     wanted = expected(features, slabs, ids, active, 10, None)[0]
     torch.testing.assert_close(log_probs, wanted, rtol=2e-2, atol=2e-2)
     assert (tokens >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "groups", "always", "active"), [(1, 8, 0, 2), (10, 33, 1, 5), (3, 7, 2, 5), (16, 64, 1, 1)]
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_groups_with_the_most_mass_are_chosen(nodes, groups, always, active, weighted):
+    from coral_spec.kernels.routing import choose
+
+    generator = torch.Generator().manual_seed(nodes + groups)
+    logits = torch.randn(nodes, groups, generator=generator).to(DEVICE)
+    paths = torch.rand(nodes, generator=generator).log().to(DEVICE) if weighted else None
+    chosen, mass = choose(logits, paths, always, active)
+    log_probs = logits.double().log_softmax(-1)
+    shares = (log_probs.exp() * (1.0 if paths is None else paths.double().exp()[:, None])).sum(0)
+    best = shares[always:].topk(active).indices.sort().values + always
+    assert chosen.tolist() == [*range(always), *best.tolist()]
+    torch.testing.assert_close(mass, log_probs[:, chosen].float(), rtol=1e-5, atol=1e-5)
