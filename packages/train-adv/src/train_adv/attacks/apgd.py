@@ -7,6 +7,7 @@ published code point for point (tests compare every point in fp32 against `pyaut
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -217,7 +218,7 @@ class _HalvingRule:
         table = self.history[-(self.length + 1) :]
         if len(table) == self.length:
             table = [torch.zeros_like(values) if self.length < self.attack.steps else values, *table]
-        rises = torch.stack([later > earlier for earlier, later in zip(table[:-1], table[1:], strict=True)]).sum(0)
+        rises = torch.stack([later > earlier for earlier, later in pairwise(table)]).sum(0)
         stuck = rises <= self.length * self.attack.rho
         stuck |= ~self.halved_then & (self.value_then >= state.best_value)
         self.halved_then, self.value_then = stuck, state.best_value
