@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,6 +53,23 @@ class FeatureTap:
 
     def _keep_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self.features = pooled(output)
+
+
+def feature_reader(model: nn.Module, layer: str = "auto") -> tuple[Callable[[Tensor], Tensor], FeatureTap | None]:
+    """A function from images to features, and the tap that it needed.
+
+    A model that has `with_features` (a `Classifier`) gives them itself, unless another layer is asked for.
+    """
+    own: Any = getattr(model, "with_features", None)
+    if layer == "auto" and own is not None:
+        return lambda images: own(images).features, None
+    tap = FeatureTap(model, layer)
+
+    def read(images: Tensor) -> Tensor:
+        model(images)
+        return tap.take()
+
+    return read, tap
 
 
 def pooled(output: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expkit.errors import UsageError
 from train_adv.modes import NaturalStatistics, eval_mode, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
-from train_adv.topology.features import FeatureTap
+from train_adv.topology.features import feature_reader
 from train_adv.topology.loss import TopologyLoss
 
 ReferenceKind = Literal["frozen", "co-trained", "ema"]
@@ -30,7 +30,7 @@ class TopologyRegularizer(nn.Module):
         reference: the standard model, trained on natural samples. For kind "ema" it may be left out: it starts as a
             copy of the model.
         weight: lambda. There is no natural scale: see `calibrate`.
-        layer, reference_layer: see `FeatureTap`.
+        layer, reference_layer: see `train_adv.topology.features.FeatureTap`.
         loss: a `TopologyLoss`; its default otherwise.
         kind: "frozen"; "co-trained": the reference learns along by cross-entropy on the natural images (pass labels,
             and give `reference.parameters()` to an optimiser); "ema": an exponential average of the model.
@@ -40,6 +40,7 @@ class TopologyRegularizer(nn.Module):
 
     Attributes:
         weight: lambda after warm-up; may be changed at any time.
+        read_model, read_reference: functions from images to features; may be replaced by compiled ones.
         last: figures of the latest call and calibration: "topology" (unweighted), "weight", and, after `calibrate`,
             "norm_host" and "norm_topology".
 
@@ -80,8 +81,8 @@ class TopologyRegularizer(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.last: dict[str, Tensor | float] = {}
         self._model = (model,)  # in a tuple, so that it does not become a submodule
-        self._tap = FeatureTap(model, layer)
-        self._reference_tap = FeatureTap(reference, reference_layer)
+        self.read_model, self._tap = feature_reader(model, layer)
+        self.read_reference, self._reference_tap = feature_reader(reference, reference_layer)
 
     def train(self, mode: bool = True) -> TopologyRegularizer:
         """As every module, but a reference that does not learn stays in eval mode."""
@@ -108,16 +109,35 @@ class TopologyRegularizer(nn.Module):
         """
         (model,) = self._model
         with natural_statistics(model, self.statistics) if model.training else nullcontext():
-            model(images)
-        return self.of_features(self._tap.take(), images, labels)
+            features = self.read_model(images)
+        reference, extra = self.reference_features(images, labels)
+        return self.compare(features, reference) + extra
 
-    def of_features(self, features: Tensor, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The same from features (batch, dim) of a natural forward that the host has done anyway."""
-        reference, extra = self._reference_features(images, labels)
+    def compare(self, features: Tensor, reference: Tensor) -> Tensor:
+        """lambda * L_topo from features (batch, dim) of a natural forward that the host has done anyway."""
         value = self.loss(features, reference)
         weight = self.current_weight()
         self.last.update(topology=value.detach(), weight=weight)
-        return weight * value + extra
+        return weight * value
+
+    def reference_features(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor | float]:
+        """The reference's features without gradient, and what must be added to the loss for it to learn.
+
+        Raises:
+            UsageError: a co-trained reference without labels.
+        """
+        if self.kind != "co-trained":
+            with torch.no_grad(), eval_mode(self.reference):
+                return self.read_reference(images), 0.0
+        if labels is None:
+            raise UsageError("a co-trained reference needs labels: topology(images, labels)")
+        own: Any = getattr(self.reference, "with_features", None)
+        if self._reference_tap is None:
+            logits, features = own(images)
+        else:
+            logits = self.reference(images)
+            features = self._reference_tap.take()
+        return features.detach(), F.cross_entropy(logits.float(), labels)
 
     def calibrate(self, host_loss: Tensor, images: Tensor, parameters: Iterable[nn.Parameter], ratio: float) -> float:
         """Set lambda so that its gradient is `ratio` times as long as the host's; returns it.
@@ -127,9 +147,10 @@ class TopologyRegularizer(nn.Module):
         (model,) = self._model
         asking = list(parameters)
         with natural_statistics(model, "dual"):
-            model(images)
-        reference, _ = self._reference_features(images, None, learning=False)
-        topology = float(gradient_norm(self.loss(self._tap.take(), reference), asking))
+            features = self.read_model(images)
+        with torch.no_grad(), eval_mode(self.reference):
+            reference = self.read_reference(images)
+        topology = float(gradient_norm(self.loss(features, reference), asking))
         host = float(gradient_norm(host_loss, asking))
         self.weight = weight_for_ratio(host, topology, ratio)
         self.last.update(norm_host=host, norm_topology=topology, weight=self.weight)
@@ -149,18 +170,6 @@ class TopologyRegularizer(nn.Module):
 
     def remove(self) -> None:
         """Take the hooks off both models."""
-        self._tap.remove()
-        self._reference_tap.remove()
-
-    def _reference_features(
-        self, images: Tensor, labels: Tensor | None, learning: bool = True
-    ) -> tuple[Tensor, Tensor | float]:
-        """The reference's features without gradient, and what must be added to the loss for it to learn."""
-        if self.kind == "co-trained" and learning:
-            if labels is None:
-                raise UsageError("a co-trained reference needs labels: topology(images, labels)")
-            extra = F.cross_entropy(self.reference(images).float(), labels)
-            return self._reference_tap.take().detach(), extra
-        with torch.no_grad(), eval_mode(self.reference):
-            self.reference(images)
-            return self._reference_tap.take(), 0.0
+        for tap in (self._tap, self._reference_tap):
+            if tap is not None:
+                tap.remove()
