@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def fit(
-    model: str | Callable[[], nn.Module],
+    model: str | nn.Module | Callable[[], nn.Module],
     data: str | DataSet,
     *,
     host: str = "at",
@@ -28,8 +29,8 @@ def fit(
     """Train a model and keep it in `runs/name`.
 
     Args:
-        model: a name (see `train_adv.models.build`), or a function that makes a fresh network (a class without
-            arguments will do); the network takes normalised images and needs no normalisation of its own.
+        model: a name (see `train_adv.models.build`); a network, of which copies are trained; or a function that makes
+            a fresh one. The network takes normalised images and needs no normalisation of its own.
         data: a name, a folder, or a `DataSet`.
         host: standard, at, trades, mart, lbgat, fgsm-rs or n-fgsm.
         topology: lambda of TRAIN, or the table of `TopologyConfig`; the standard model is trained first unless its
@@ -54,10 +55,13 @@ def fit(
         flags["model"] = model
     if isinstance(data, str):
         flags["data.name"] = data
-    given = Given(
-        data=None if isinstance(data, str) else data,
-        model=None if isinstance(model, str) else model,
-    )
+    maker: Callable[[], nn.Module] | None = None
+    if isinstance(model, nn.Module):
+        network = model
+        maker = lambda: deepcopy(network)  # noqa: E731
+    elif not isinstance(model, str):
+        maker = model
+    given = Given(data=None if isinstance(data, str) else data, model=maker)
     config = load_config(TrainConfig, None, flags)
     outcome = train(config, Path(runs), join(), resume=resume, given=given)
     assert outcome is not None, "only the main process of torchrun gets an outcome"

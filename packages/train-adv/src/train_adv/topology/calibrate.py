@@ -11,10 +11,13 @@ from expkit.distributed import all_reduce_mean
 from expkit.errors import UsageError
 
 
-def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm of the gradient of a scalar loss over all parameters (averaged over processes first); keeps the graph."""
+def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter], *, keep: bool = False) -> Tensor:
+    """L2 norm of the gradient of a scalar loss over all parameters, averaged over processes first.
+
+    With `keep` the loss may still be used for a backward, which the graphs of torch.compile do not allow.
+    """
     asking = [parameter for parameter in parameters if parameter.requires_grad]
-    gradients = torch.autograd.grad(loss, asking, retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(loss, asking, retain_graph=keep, allow_unused=True)
     flat = [gradient.float().flatten() for gradient in gradients if gradient is not None]
     if not flat:
         return torch.zeros((), device=loss.device)

@@ -142,7 +142,7 @@ class TopologyRegularizer(nn.Module):
     def calibrate(self, host_loss: Tensor, images: Tensor, parameters: Iterable[nn.Parameter], ratio: float) -> float:
         """Set lambda so that its gradient is `ratio` times as long as the host's; returns it.
 
-        The host's graph is kept. Both norms are in `last` afterwards. Call it again now and then: the ratio drifts.
+        The host's graph is kept, so it must not be that of a compiled model. Both norms are in `last` afterwards. Call it again now and then: the ratio drifts.
         """
         (model,) = self._model
         asking = list(parameters)
@@ -151,7 +151,7 @@ class TopologyRegularizer(nn.Module):
         with torch.no_grad(), eval_mode(self.reference):
             reference = self.read_reference(images)
         topology = float(gradient_norm(self.loss(features, reference), asking))
-        host = float(gradient_norm(host_loss, asking))
+        host = float(gradient_norm(host_loss, asking, keep=True))
         self.weight = weight_for_ratio(host, topology, ratio)
         self.last.update(norm_host=host, norm_topology=topology, weight=self.weight)
         return self.weight

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from expkit.device import autocast
+from train_adv.graphs import Captured
 from train_adv.hosts.host import Host
 from train_adv.modes import attack_twin
 
 Engine = Literal["eager", "compile", "graphs"]
-Climb = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def resolve_engine(name: str, device: torch.device) -> Engine:
@@ -36,48 +35,15 @@ class Climber:
         self.host, self.device, self.dtype = host, device, dtype
         twin = attack_twin(model)
         self.twin: nn.Module = torch.compile(twin, dynamic=False) if engine != "eager" else twin  # type: ignore[assignment]
-        self.graphs: dict[tuple[int, ...], _Graph] | None = {} if engine == "graphs" else None
+        self._captured = Captured(self._climb, enabled=engine == "graphs")
 
     def __call__(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         """Climb from `points`. With graphs the result is valid until the next call."""
         if not self.host.attacks:
             return images
-        if self.graphs is None:
-            return self._climb(points, images, labels)
-        key = tuple(images.shape)
-        if key not in self.graphs:
-            self.graphs[key] = _capture(self._climb, points, images, labels)
-        return self.graphs[key](points, images, labels)
+        adversarial: Tensor = self._captured(points, images, labels)
+        return adversarial
 
     def _climb(self, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         with autocast(self.device, self.dtype):
             return self.host.climb(self.twin, points, images, labels)
-
-
-class _Graph(NamedTuple):
-    """A captured attack, its inputs and its output."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, new in zip(self.inputs, inputs, strict=True):
-            own.copy_(new)
-        self.graph.replay()
-        return self.output
-
-
-def _capture(climb: Climb, *inputs: Tensor) -> _Graph:
-    """Record `climb`. Its first runs, on a side stream, compile and choose kernels, which may not happen inside."""
-    held = tuple(each.clone() for each in inputs)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            climb(*held)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = climb(*held)
-    return _Graph(graph, held, output)

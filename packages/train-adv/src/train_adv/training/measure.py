@@ -22,7 +22,11 @@ def batches_of(split: Split, size: int, device: torch.device) -> Iterator[tuple[
     size = min(size, len(split))
     for indices in torch.arange(len(split)).split(size):
         filled = indices[torch.arange(size) % len(indices)]
-        yield to_float(split.read(filled).to(device)), split.labels[filled.to(split.labels.device)].to(device), len(indices)
+        yield (
+            to_float(split.read(filled).to(device)),
+            split.labels[filled.to(split.labels.device)].to(device),
+            len(indices),
+        )
 
 
 @torch.no_grad()

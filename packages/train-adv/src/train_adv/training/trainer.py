@@ -167,7 +167,9 @@ class Trainer:
             named["average"] = self.average.model
         if self.topology is not None and self.topology.kind != "frozen":
             named["reference"] = self.topology.reference
-        return {f"{part}.{name}": value for part, module in named.items() for name, value in module.state_dict().items()}
+        return {
+            f"{part}.{name}": value for part, module in named.items() for name, value in module.state_dict().items()
+        }
 
     def state(self) -> dict[str, Any]:
         """Everything else, for a checkpoint."""
@@ -178,7 +180,7 @@ class Trainer:
             "rng": capture_rng(),
             "sums": self._sums.cpu(),
             "updates": self.average.updates if self.average is not None else 0,
-            "topology": {"weight": topology.weight, "steps": int(topology.steps)} if topology is not None else {},
+            "topology": {} if topology is None else self._topology_state(topology),
         }
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -190,6 +192,7 @@ class Trainer:
         if self.topology is not None:
             self.topology.weight = state["topology"]["weight"]
             self.topology.steps.fill_(state["topology"]["steps"])
+            self.topology.last.update(state["topology"]["norms"])
             if self.topology.kind != "frozen":
                 parts["reference"] = self.topology.reference
         for part, module in parts.items():
@@ -251,12 +254,11 @@ class Trainer:
         assert topology is not None
         parameters = list(self.model.parameters())
         with natural_statistics(self.model, "dual"), autocast(self.device, self.dtype):
-            found = self.host.loss(self.forward, images, adversarial, labels)
-            natural = found.natural if found.natural is not None else self.forward(images)
+            # A forward for each: compiled graphs can be walked once only.
+            host = float(gradient_norm(self.host.loss(self.forward, images, adversarial, labels).total, parameters))
             with torch.no_grad():
                 reference = topology.read_reference(images)
-            value = topology.loss(natural.features, reference)
-        host, other = float(gradient_norm(found.total, parameters)), float(gradient_norm(value, parameters))
+            other = float(gradient_norm(topology.loss(self.forward(images).features, reference), parameters))
         topology.last.update(norm_host=host, norm_topology=other)
         if settings.ratio > 0:
             topology.weight = weight_for_ratio(host, other, settings.ratio)
@@ -302,6 +304,10 @@ class Trainer:
             f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): lower "
             f"{'topology.weight or ' if config.topology.active else ''}optimizer.lr; checkpoints before it are kept"
         )
+
+    def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
+        norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}
+        return {"weight": topology.weight, "steps": int(topology.steps), "norms": norms}
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         seed = stream_seed(self.config.seed, purpose, self.progress.epoch, number, self.world.rank)
