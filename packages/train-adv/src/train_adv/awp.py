@@ -61,4 +61,5 @@ class AWP:
                     parameters[name].sub_(move)
 
     def _scaled(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        return gradient * (self.gamma * weight.norm() / (gradient.norm() + 1e-20))
+        scale: Tensor = self.gamma * weight.norm() / (gradient.norm() + 1e-20)
+        return gradient * scale

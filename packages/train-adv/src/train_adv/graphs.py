@@ -50,7 +50,7 @@ class _Graph(NamedTuple):
 def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Graph:
     """The first runs, on a side stream, compile and choose kernels, which may not happen while recording."""
     held = tuple(each.clone() for each in inputs)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):

@@ -14,6 +14,7 @@ from train_adv.data.folder import image_folder
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0)
+PLAIN = Augment(0, False)
 
 
 def split(count: int = 20) -> Resident:
@@ -21,7 +22,7 @@ def split(count: int = 20) -> Resident:
     return Resident(values.view(-1, 1, 1, 1).expand(-1, 1, 4, 4).clone(), torch.arange(count))
 
 
-def batches(world: World = ALONE, augment: Augment = Augment(0, False), size: int = 4) -> Batches:
+def batches(world: World = ALONE, augment: Augment = PLAIN, size: int = 4) -> Batches:
     return Batches(split(), batch_size=size, seed=1, augment=augment, device=CPU, world=world)
 
 

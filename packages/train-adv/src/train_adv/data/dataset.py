@@ -19,7 +19,8 @@ class Split(Protocol):
         labels: int64 (n,), on the CPU or where the images are.
     """
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
@@ -131,7 +132,7 @@ def channel_statistics(split: Split, limit: int = 10_000) -> tuple[tuple[float, 
     indices = torch.arange(min(limit, len(split)))
     total = squares = torch.zeros(1)
     count = 0
-    for part in indices.split(1000):
+    for part in torch.split(indices, 1000):
         images = split.read(part).double() / 255
         total = total + images.sum((0, 2, 3)).cpu()
         squares = squares + images.square().sum((0, 2, 3)).cpu()

@@ -104,7 +104,7 @@ class Streamed:
 def image_folder(
     root: Path, *, size: int, channels: int = 3, corrupt: CorruptPolicy = "refuse", resident_gib: float = 4.0
 ) -> DataSet:
-    """`root/train/CLASS/*` and `root/test/CLASS/*` (or val), or `root/CLASS/*`, of which a fifth becomes the test split.
+    """`root/train/CLASS/*` and `root/test/CLASS/*` (or val), or `root/CLASS/*`, a fifth of which becomes the test.
 
     Args:
         size: images become size x size.
@@ -153,7 +153,8 @@ def _make(
         return decode_all(files, size=size, channels=channels, corrupt=corrupt)
     with progress() as bar, ThreadPoolExecutor() as pool:
         task = bar.add_task("checking images", total=len(files))
-        good, bad = [], []
+        good: list[tuple[Path, int]] = []
+        bad: list[tuple[Path, int]] = []
         for each, image in zip(files, pool.map(lambda one: _try(one[0], size, channels), files), strict=True):
             bar.advance(task)
             (bad if image is None else good).append(each)

@@ -85,7 +85,7 @@ def arrays(name: str) -> DataSet:
     return DataSet(name, names, splits[0], splits[1], Augment(padding, flip=False))
 
 
-def _resident(file: str, images: np.ndarray, labels: np.ndarray) -> Resident:  # type: ignore[type-arg]
+def _resident(file: str, images: np.ndarray, labels: np.ndarray) -> Resident:
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
         raise UsageError(f"{file}: images are {images.dtype} {images.shape} for {len(labels)} labels; expected uint8")
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)

@@ -135,7 +135,9 @@ class _Restricted(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] in ("numpy", "_codecs") and name in self._KNOWN:
             if name in ("_reconstruct", "scalar"):
-                return getattr(np._core.multiarray, name)
+                from numpy._core import multiarray
+
+                return getattr(multiarray, name)
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 

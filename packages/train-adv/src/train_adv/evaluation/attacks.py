@@ -112,7 +112,7 @@ class Evaluator:
 
     def _apgd_t(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
         attack = APGD(self.epsilon, norm=make_norm(self.norm))
-        ranking = torch.cat([self._logits(part) for part in images.split(self.size)]).argsort(1)
+        ranking = torch.cat([self._logits(part) for part in torch.split(images, self.size)]).argsort(1)
         classes = ranking.shape[1]
         if classes < 4:
             raise UsageError(f"APGD-T needs at least 4 classes, and the model has {classes}; use apgd-ce")
@@ -141,7 +141,7 @@ class Evaluator:
         """Attack what still stands, in batches of one size (the last is filled up), and see in fp32 what fell."""
         captured = self._runs.setdefault(name, Captured(run, self.compiled and self.device.type == "cuda"))
         standing = standing.clone()
-        for chosen in standing.nonzero().squeeze(1).split(self.size):
+        for chosen in torch.split(standing.nonzero().squeeze(1), self.size):
             filled = chosen[torch.arange(min(self.size, len(images)), device=chosen.device) % len(chosen)]
             inputs = [images[filled], labels[filled], *(each[filled] for each in more)]
             found = captured(draw(inputs[0], generator), *inputs)[: len(chosen)]
@@ -167,7 +167,7 @@ class Evaluator:
 
     def _right(self, images: Tensor, labels: Tensor) -> Tensor:
         """In fp32, batch by batch."""
-        parts = zip(images.split(self.size), labels.split(self.size), strict=True)
+        parts = zip(torch.split(images, self.size), torch.split(labels, self.size), strict=True)
         found = [self._logits(part).argmax(1) == label for part, label in parts]
         return torch.cat(found) if found else labels.new_zeros(0, dtype=torch.bool)
 

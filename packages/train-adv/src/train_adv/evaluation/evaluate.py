@@ -88,7 +88,7 @@ def evaluate(
         del key[name]  # chunks are the same whatever the limit, but for the last one, which is checked below
     store = AnswerStore(work if work is not None else path.parent / "eval", path, key)
     evaluator = Evaluator(
-        model.to(device).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+        model.to(device).to(memory_format=torch.channels_last),
         settings.epsilon,
         settings.norm,
         settings.size,
@@ -104,7 +104,9 @@ def evaluate(
         for name in attacks:
             bar.update(task, description=f"{path.parent.name}: {name}")
             parts = []
-            for number, indices in enumerate(torch.arange(_count(name, data, settings)).split(4 * settings.size)):
+            for number, indices in enumerate(
+                torch.split(torch.arange(_count(name, data, settings)), 4 * settings.size)
+            ):
                 parts.append(_chunk(evaluator, store, data, name, number, indices))
                 bar.advance(task, len(indices))
             found[name] = torch.cat(parts)

@@ -48,7 +48,7 @@ class Host(nn.Module):
         return self.attack.draw(images, generator)
 
     def climb(self, twin: nn.Module, points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        """Adversarial images (batch, ...) against the twin, which is in eval mode. Draws nothing; a graph can hold it."""
+        """Adversarial images (batch, ...) against the twin, in eval mode. Draws nothing: a graph can hold it."""
         return self.attack.climb(twin, points, images, labels)
 
     def loss(self, forward: Forward, images: Tensor, adversarial: Tensor, labels: Tensor) -> HostLoss:

@@ -48,7 +48,8 @@ class ModelSpec:
         """The spec written by `to_json`; raises UsageError for anything else."""
         try:
             values: dict[str, Any] = json.loads(text)
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            return cls(**plain)
         except (ValueError, TypeError) as error:
             raise UsageError(f"the checkpoint's description of its model is damaged ({error})") from None
 

@@ -21,7 +21,8 @@ def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter], *, keep: boo
     flat = [gradient.float().flatten() for gradient in gradients if gradient is not None]
     if not flat:
         return torch.zeros((), device=loss.device)
-    return all_reduce_mean(torch.cat(flat)).norm()
+    norm: Tensor = torch.linalg.vector_norm(all_reduce_mean(torch.cat(flat)))
+    return norm
 
 
 def weight_for_ratio(host: float, topology: float, ratio: float) -> float:

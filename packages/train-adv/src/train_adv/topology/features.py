@@ -86,8 +86,8 @@ def pooled(output: Any) -> Tensor:
 
 def classifier_of(model: nn.Module) -> nn.Module:
     """The linear layer that gives the logits."""
-    getter = getattr(model, "get_classifier", None)  # timm
-    found = getter() if callable(getter) else None
+    getter: Any = getattr(model, "get_classifier", None)  # timm
+    found: Any = getter() if callable(getter) else None
     if isinstance(found, nn.Module) and not isinstance(found, nn.Identity):
         return found
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]

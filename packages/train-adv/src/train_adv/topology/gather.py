@@ -36,5 +36,5 @@ def gather_with_gradient(tensor: Tensor) -> tuple[Tensor, int]:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return tensor, 0
-    joined: Tensor = _Gather.apply(tensor.contiguous())  # type: ignore[no-untyped-call]
+    joined: Tensor = _Gather.apply(tensor.contiguous())
     return joined, dist.get_rank() * len(tensor)

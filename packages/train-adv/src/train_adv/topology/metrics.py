@@ -57,7 +57,7 @@ def topology_loss(features: Tensor, reference: Tensor) -> float:
     """L_topo (cosine kernel, row-sum), averaged over consecutive batches of 128."""
     loss = TopologyLoss(gather=False)
     whole = max(1, len(features) // BATCH) * BATCH
-    batches = zip(features[:whole].split(BATCH), reference[:whole].split(BATCH), strict=True)
+    batches = zip(torch.split(features[:whole], BATCH), torch.split(reference[:whole], BATCH), strict=True)
     return float(torch.stack([loss(own, other) for own, other in batches]).mean())
 
 

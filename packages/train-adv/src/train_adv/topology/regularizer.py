@@ -48,6 +48,8 @@ class TopologyRegularizer(nn.Module):
         UsageError: an unknown kind or layer, no reference, or settings out of range.
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,7 +117,7 @@ class TopologyRegularizer(nn.Module):
 
     def compare(self, features: Tensor, reference: Tensor) -> Tensor:
         """lambda * L_topo from features (batch, dim) of a natural forward that the host has done anyway."""
-        value = self.loss(features, reference)
+        value: Tensor = self.loss(features, reference)
         weight = self.current_weight()
         self.last.update(topology=value.detach(), weight=weight)
         return weight * value
@@ -142,7 +144,8 @@ class TopologyRegularizer(nn.Module):
     def calibrate(self, host_loss: Tensor, images: Tensor, parameters: Iterable[nn.Parameter], ratio: float) -> float:
         """Set lambda so that its gradient is `ratio` times as long as the host's; returns it.
 
-        The host's graph is kept, so it must not be that of a compiled model. Both norms are in `last` afterwards. Call it again now and then: the ratio drifts.
+        The host's graph is kept, so it must not be that of a compiled model. Both norms are in `last`
+        afterwards. Call it again now and then: the ratio drifts.
         """
         (model,) = self._model
         asking = list(parameters)

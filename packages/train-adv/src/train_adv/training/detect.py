@@ -20,7 +20,7 @@ def catastrophic_overfitting(history: Sequence[Mapping[str, float]], config: Gua
     if best > 0 and best - now["val_pgd"] > config.drop * best and now["train_robust"] > now["val_pgd"]:
         return (
             f"catastrophic overfitting at epoch {now['epoch']:.0f}: PGD accuracy fell from {best:.1%} to "
-            f"{now['val_pgd']:.1%} while {now['train_robust']:.1%} of the training attacks fail; use more attack steps, "
+            f"{now['val_pgd']:.1%} while {now['train_robust']:.1%} of training attacks fail; use more attack steps, "
             "n-fgsm instead of fgsm-rs, or a smaller epsilon"
         )
     return None

@@ -20,7 +20,7 @@ Perturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 def batches_of(split: Split, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
     """fp32 images, labels, and how many of them are not filling: the last batch repeats its first images."""
     size = min(size, len(split))
-    for indices in torch.arange(len(split)).split(size):
+    for indices in torch.split(torch.arange(len(split)), size):
         filled = indices[torch.arange(size) % len(indices)]
         yield (
             to_float(split.read(filled).to(device)),
@@ -40,7 +40,7 @@ def right_answers(
     perturb: Perturb | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Boolean (n,), on the CPU: which images, perturbed if asked for, are classified rightly. The model is in eval mode."""
+    """Boolean (n,), on the CPU: which images, perturbed if asked for, a model in eval mode classifies rightly."""
     found = []
     for number, (images, labels, count) in enumerate(batches_of(split, size, device)):
         with autocast(device, dtype):

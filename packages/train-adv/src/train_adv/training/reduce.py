@@ -33,5 +33,5 @@ def _average(tensors: list[Tensor]) -> None:
     if not tensors:
         return
     flat = all_reduce_mean(torch.cat([each.flatten() for each in tensors]))
-    for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):  # type: ignore[no-untyped-call]
+    for each, part in zip(tensors, torch.split(flat, [each.numel() for each in tensors]), strict=True):
         each.copy_(part.view_as(each))

@@ -86,14 +86,14 @@ class Trainer:
         world: World,
     ) -> None:
         self.config, self.batches, self.device, self.dtype, self.world = config, batches, device, dtype, world
-        self.model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.host, self.topology = host.to(device), topology
         self.forward: Callable[[Tensor], Output] = self.model.with_features
         if engine != "eager":
             self.forward = torch.compile(self.model.with_features, dynamic=False)
             if topology is not None:
                 reference: Any = topology.reference
-                compiled = torch.compile(reference.with_features, dynamic=False)
+                compiled: Callable[[Tensor], Output] = torch.compile(reference.with_features, dynamic=False)
                 topology.read_reference = lambda images: compiled(images).features
         self.climber = Climber(host, self.model, engine, device, dtype)
         self.awp = AWP(self.model, config.awp.gamma) if config.awp.gamma > 0 else None
