@@ -190,7 +190,7 @@ def test_readme_commands_and_python_run(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = README.read_text(encoding="utf-8").split("```")[1::2]
     lines = [line for block in blocks for line in block.splitlines() if line.startswith("train-adv ")]
-    assert len(lines) >= 8 and {shlex.split(line)[1] for line in lines} == set(VERBS)
+    assert len(lines) >= 7 and {shlex.split(line)[1] for line in lines} == set(VERBS)
     Image.fromarray(np.full((8, 8), 99, np.uint8)).save("photo.png")
     config = next(block for block in blocks if block.startswith("toml")).removeprefix("toml")
     Path("robust.toml").write_text(config)

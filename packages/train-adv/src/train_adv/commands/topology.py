@@ -21,7 +21,7 @@ def run(
     seed: options.Seed = 0,
     json: options.Json = None,
 ) -> None:
-    """kNN overlap, trustworthiness, continuity, CKA, Spearman and L_topo of each checkpoint against the standard model."""
+    """kNN overlap, trustworthiness, continuity, CKA, Spearman and L_topo of each against the standard model."""
     from expkit.checkpoint import write_json
     from expkit.device import resolve_device
     from expkit.rundir import evidence

@@ -100,7 +100,7 @@ def plot_accuracies(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]
     figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(groups), 3.8))
     kinds = (("natural", "tab:blue", -0.2), ("PGD-20", "tab:orange", 0.2))
     for place, values in enumerate(groups.values()):
-        for (label, colour, shift), seeds in zip(kinds, values, strict=True):
+        for (_, colour, shift), seeds in zip(kinds, values, strict=True):
             if not seeds:
                 continue
             mean = 100 * sum(seeds) / len(seeds)
