@@ -5,16 +5,17 @@
 Parts, with their length on paper (5.5 s an epoch of PGD-10, 6.2 s of TRADES, +18 % / +6 % for TRAIN; evaluation of one
 checkpoint by natural, PGD-20 and APGD-CE + T on 10,000 images about 75 s, AutoAttack on 1,000 about 150 s):
 
-    speed      seconds an epoch at batch 512 and 128, with and without TRAIN                              about  4 min
-    standard   the standard models (natural training); other parts train theirs first where missing       about  2 min
-    lambda     AT and TRADES + TRAIN, lambda in powers of 3, both kernels, 15 epochs, seed 0 (--only)     about 22 min
-    beta       TRADES alone, beta 1, 2, 3, 6, 9: the host's own frontier, 15 epochs, seed 0               about 15 min
-    main       {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, one seed a lease         about 34 min
-               of one GPU; --only at,at+train,at-control and --only trades,trades+train,... halve it
-    epsilons   AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch         about  7 min
-    long       the best pair at 100 epochs (--only), batch 128, with AutoAttack                           about 15 min each
-    everything AWP + TRAIN + EMA once, 30 epochs                                                          about  8 min
-    report     a table of all results in OUT; needs no GPU
+    speed       seconds an epoch at batch 512 and 128, with and without TRAIN                         about  4 min
+    standard    the standard models; other parts train theirs first where it is missing               about  2 min
+    lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0          about 55 min
+                (16 arms: three leases; arms that have their JSON are skipped)
+    beta        TRADES alone, beta 1, 2, 3, 6, 9: the host's own frontier, 15 epochs, seed 0          about 17 min
+    main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs: for each seed       about 50 min
+                (7 arms of 3 min training, 2 x 75 s evaluation and AutoAttack: two leases)
+    epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch    about  7 min
+    long        100 epochs at batch 128: --only one pair                                              about 2 x 17 min
+    everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES                                           about 18 min
+    report      a table of all results in OUT; needs no GPU
 
 Each arm is trained by `train-adv train` (a killed one resumes), evaluated, and leaves OUT/<arm>-<seed>.json with its
 configuration, figures of best and last, metrics of each epoch and answers image by image, so that pairs can be compared

@@ -128,6 +128,14 @@ def test_rows_and_tables_have_every_class(checkpoint, tmp_path):
     assert accuracy(torch.tensor([True]), torch.tensor([0]), 2)["per_class"][1]["accuracy"] is None
 
 
+def test_a_model_that_is_wrong_everywhere_has_nothing_to_attack(checkpoint, tmp_path):
+    path, model = checkpoint
+    images = data()
+    wrong = replace(images, test=Resident(images.test.images, (model(images.test.images / 255).argmax(1) + 1) % 5))
+    found = evaluate(path, wrong, ["pgd20", "apgd"], SETTINGS, device=CPU, work=tmp_path, model=model)
+    assert not found["pgd20"].any() and not found["apgd"].any()
+
+
 def test_wrong_use_is_said(checkpoint, tmp_path):
     path, model = checkpoint
     with pytest.raises(UsageError, match="pgd20"):

@@ -54,6 +54,7 @@ def test_library_models_work_by_name_and_can_be_copied(name):
     pytest.importorskip("torchvision")
     model = build(spec(name)).eval()
     images = torch.rand(2, 3, 32, 32)
+    model(images)  # notes nothing, or copies of a graph would be asked for
     for each in (model, copy.deepcopy(model), attack_twin(model)):
         logits, features = each.with_features(images)
         assert torch.allclose(logits, model(images), atol=1e-5) and features.ndim == 2

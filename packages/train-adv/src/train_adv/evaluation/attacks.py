@@ -141,7 +141,8 @@ class Evaluator:
         """Attack what still stands, in batches of one size (the last is filled up), and see in fp32 what fell."""
         captured = self._runs.setdefault(name, Captured(run, self.compiled and self.device.type == "cuda"))
         standing = standing.clone()
-        for chosen in torch.split(standing.nonzero().squeeze(1), self.size):
+        left = standing.nonzero().squeeze(1)
+        for chosen in torch.split(left, self.size) if len(left) else ():
             filled = chosen[torch.arange(min(self.size, len(images)), device=chosen.device) % len(chosen)]
             inputs = [images[filled], labels[filled], *(each[filled] for each in more)]
             found = captured(draw(inputs[0], generator), *inputs)[: len(chosen)]

@@ -72,6 +72,8 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1))
         self.own_features = spec.feature_layer == "auto" and hasattr(backbone, "classify")
         self.tap = None if self.own_features else FeatureTap(backbone, spec.feature_layer)
+        if self.tap is not None:
+            self.tap.listening = False  # but in `with_features`
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.backbone((images - self.mean) / self.std)
@@ -84,5 +86,7 @@ class Classifier(nn.Module):
             backbone: Any = self.backbone
             features = backbone.features(normalised)
             return Output(backbone.classify(features), features)
+        self.tap.listening = True
         logits = self.backbone(normalised)
+        self.tap.listening = False
         return Output(logits, self.tap.take())

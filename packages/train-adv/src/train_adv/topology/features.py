@@ -22,6 +22,7 @@ class FeatureTap:
 
     Attributes:
         features: (batch, dim) of the latest forward, with its gradient; None before one and after `take`.
+        listening: whether forwards are noted at all; what is noted keeps its graph alive until it is taken.
 
     Raises:
         UsageError: no such layer (the nearest name is given), or no linear layer for "auto".
@@ -29,6 +30,7 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, layer: str = "auto") -> None:
         self.features: Tensor | None = None
+        self.listening = True
         self.layer = layer
         if layer == "logits":
             self._handle = model.register_forward_hook(self._keep_output)
@@ -44,15 +46,21 @@ class FeatureTap:
         features, self.features = self.features, None
         return features
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which start with nothing noted: features of a graph cannot be copied."""
+        return {**self.__dict__, "features": None}
+
     def remove(self) -> None:
         """Take the hook off the model."""
         self._handle.remove()
 
     def _keep_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        self.features = pooled(inputs[0])
+        if self.listening:
+            self.features = pooled(inputs[0])
 
     def _keep_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.features = pooled(output)
+        if self.listening:
+            self.features = pooled(output)
 
 
 def feature_reader(model: nn.Module, layer: str = "auto") -> tuple[Callable[[Tensor], Tensor], FeatureTap | None]:
