@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import typer
 
-from expkit import cli as manner
+from expkit.cli import main as start
+from expkit.cli import make_app
 
 VERBS = ("train", "eval", "predict", "attack", "topology", "demo")
 HELP = "Adversarial training that keeps natural accuracy."
@@ -18,7 +19,7 @@ HELP = "Adversarial training that keeps natural accuracy."
 
 def build() -> typer.Typer:
     """The application with every verb."""
-    app = manner.make_app("train-adv", HELP, "train-adv")
+    app = make_app("train-adv", HELP, "train-adv")
     for verb in VERBS:
         app.command(verb)(import_module(f"train_adv.commands.{verb}").run)
     return app
@@ -26,7 +27,7 @@ def build() -> typer.Typer:
 
 def main() -> NoReturn:
     """Entry point of ``train-adv``."""
-    manner.main(build())
+    start(build())
 
 
 if __name__ == "__main__":

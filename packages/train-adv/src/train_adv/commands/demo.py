@@ -159,7 +159,7 @@ def _pictures(
 
     from train_adv.topology.plots import plot_accuracies, plot_tsne
 
-    bars = {"standard": (standard, [])}
+    bars: dict[str, tuple[list[float], list[float]]] = {"standard": (standard, [])}
     bars |= {NAMES[row["name"]]: (row["natural_by_seed"], row["pgd20_by_seed"]) for row in rows}
     plot_accuracies(bars, out / "accuracy.png", title=f"digits, Linf {epsilon:g}: bars are means, dots are seeds")
     found, labels = measured

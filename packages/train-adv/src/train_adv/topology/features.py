@@ -106,7 +106,7 @@ def classifier_of(model: nn.Module) -> nn.Module:
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:
     """The submodule called `name`; UsageError names the nearest one there is."""
-    names = dict(model.named_modules())
+    names: dict[str, nn.Module] = dict(model.named_modules())
     if name in names and name:
         return names[name]
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
