@@ -1,0 +1,130 @@
+"""One adversarial epoch of ours against a plain loop around `torchattacks.PGD` in fp32, in one run on one machine.
+
+    uv venv bench && uv pip install -p bench torchattacks ./shared ./packages/train-adv
+    bench/bin/python packages/train-adv/benchmarks/against_torchattacks.py --data-dir DATA --epochs 3 --json out.json
+
+torchattacks pins an old `requests`, so it wants an environment of its own. Both loops train the same ResNet-18 from the
+same weights on the same batches with SGD at the same rate; seconds are those of the last epoch, so that compiling does
+not count, and both models are then attacked by the same PGD-20.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from expkit.checkpoint import write_json
+from expkit.device import resolve_device, synchronize
+from expkit.distributed import World
+from expkit.rundir import evidence
+from train_adv.attacks.pgd import PGD
+from train_adv.data.batches import Batches
+from train_adv.data.load import load_data
+from train_adv.hosts.make import make_host
+from train_adv.models.build import build
+from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.training.climber import resolve_engine
+from train_adv.training.config import OptimizerConfig, TrainConfig
+from train_adv.training.measure import pgd_accuracy, right_answers
+from train_adv.training.trainer import Trainer
+
+ALONE = World(0, 1, 0)
+ATTACK = PGD(8 / 255, 2 / 255, 10)
+
+
+def main() -> None:
+    arguments = parse()
+    record = evidence(0)
+    device = resolve_device("auto")
+    data = load_data(arguments.data, arguments.data_dir)
+    spec = ModelSpec(arguments.model, data.class_names, data.image_shape, (0.5,) * data.image_shape[0],
+                     (0.25,) * data.image_shape[0])  # fmt: skip
+    train: Any = data.train
+    if arguments.images:
+        train = train.select(torch.arange(arguments.images))
+    test: Any = data.test.select(torch.arange(min(arguments.test_images, len(data.test))))
+    loops: dict[str, Callable[..., tuple[Classifier, float]]] = {"torchattacks": plain, "train-adv": ours}
+    rows = []
+    for name, loop in loops.items():
+        batches = Batches(
+            train, batch_size=arguments.batch_size, seed=0, augment=data.augment, device=device, world=ALONE
+        )
+        torch.manual_seed(0)
+        model = build(spec).to(device)
+        model, seconds = loop(model, batches, arguments, device)
+        model.eval()
+        natural = float(right_answers(model, test, size=500, device=device).float().mean())
+        robust = pgd_accuracy(model, test, replace(ATTACK, steps=20), size=500, device=device)
+        rows.append({"loop": name, "seconds": seconds, "natural": natural, "pgd20": robust})
+        print(f"{name:14} {seconds:8.2f} s an epoch, natural {natural:.2%}, PGD-20 {robust:.2%}", flush=True)
+    ratio = rows[0]["seconds"] / rows[1]["seconds"]
+    print(f"{ratio:.2f}x")
+    if arguments.json:
+        settings = {key: str(value) for key, value in vars(arguments).items()}
+        write_json(arguments.json, {"rows": rows, "ratio": ratio, "settings": settings, **record})
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="cifar10")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--images", type=int, default=0, help="training images; 0 is all")
+    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def plain(model: Classifier, batches: Batches, arguments: argparse.Namespace, device: torch.device) -> Any:
+    """What most repositories do: eager, fp32, the attack through the model in training."""
+    import torchattacks
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    attack = torchattacks.PGD(model, eps=ATTACK.epsilon, alpha=ATTACK.step_size, steps=ATTACK.steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9, weight_decay=5e-4)
+    seconds = 0.0
+    for epoch in range(arguments.epochs):
+        synchronize(device)
+        begun = time.perf_counter()
+        for images, labels in batches.epoch(epoch):
+            adversarial = attack(images, labels)
+            model.train()
+            optimizer.zero_grad()
+            F.cross_entropy(model(adversarial), labels).backward()
+            optimizer.step()
+        synchronize(device)
+        seconds = time.perf_counter() - begun
+    return model, seconds
+
+
+def ours(model: Classifier, batches: Batches, arguments: argparse.Namespace, device: torch.device) -> Any:
+    """The trainer of this package, at the same constant rate."""
+    schedule = OptimizerConfig(lr=arguments.lr, schedule="constant")
+    config = TrainConfig(epochs=arguments.epochs, batch_size=arguments.batch_size, optimizer=schedule)
+    host = make_host("at", ATTACK, None, lambda: model)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    engine = resolve_engine("auto", device)
+    trainer = Trainer(config, model, host, None, batches, device=device, dtype=dtype, engine=engine, world=ALONE)
+    seconds = 0.0
+    for _ in range(arguments.epochs):
+        synchronize(device)
+        begun = time.perf_counter()
+        for _ in trainer.epoch():
+            pass
+        synchronize(device)
+        seconds = time.perf_counter() - begun
+    return trainer.model, seconds
+
+
+if __name__ == "__main__":
+    main()

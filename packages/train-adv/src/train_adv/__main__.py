@@ -1,0 +1,5 @@
+"""``python -m train_adv``."""
+
+from train_adv.cli import main
+
+main()

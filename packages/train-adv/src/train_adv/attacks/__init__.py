@@ -1,0 +1,1 @@
+"""Attacks: one layer of project / step / random start, one loop for PGD, and APGD."""

@@ -1,0 +1,110 @@
+"""Options that several verbs share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from train_adv.data.dataset import DataSet
+    from train_adv.training.config import TrainConfig
+
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="digits, cifar10, cifar100, svhn, tiny-imagenet, a folder, FILE.npz#x,y,x,y; else the run's own."
+    ),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Looked in first, before EXPKIT_DATA and the user's cache.")]
+Epsilon = Annotated[
+    str | None, typer.Option(help="Radius, for images in [0, 1]: 8/255 or 0.0314; else that of the run.")
+]
+Norm = Annotated[str | None, typer.Option(help="Linf, L2 or L1; else that of the run.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+Limit = Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0 is all.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random start.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
+
+
+def parse_number(text: str | None, name: str) -> float | None:
+    """`8/255` or `0.03` as a number; UsageError for anything else."""
+    from expkit.errors import UsageError
+
+    if text is None:
+        return None
+    above, slash, below = text.partition("/")
+    try:
+        return float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{name} is {text!r}; expected a number such as 0.03 or 8/255") from None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-3` as key and value; the value is read as TOML, or as a plain string where it is none.
+
+    Raises:
+        UsageError: there is no "=".
+    """
+    import tomllib
+
+    from expkit.errors import UsageError
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=0.05")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def run_config(checkpoint: Path) -> TrainConfig | None:
+    """The configuration of the run that a checkpoint (or folder) belongs to, where it lies beside it."""
+    from expkit.config import load_config
+    from train_adv.training.config import TrainConfig
+
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    path = folder / "config.toml"
+    return load_config(TrainConfig, path) if path.is_file() else None
+
+
+def data_of(name: str | None, data_dir: Path | None, checkpoint: Path) -> DataSet:
+    """The data that the user names, else the run's own.
+
+    Raises:
+        UsageError: neither is known, or the data cannot be read.
+    """
+    from dataclasses import replace
+
+    from expkit.errors import UsageError
+    from train_adv.training.config import DataConfig
+    from train_adv.training.run import read_data
+
+    config = run_config(checkpoint)
+    if name is None and config is None:
+        raise UsageError(f"{checkpoint} lies in no run's folder, so its data are not known; give --data")
+    settings = config.data if config is not None and name in (None, config.data.name) else DataConfig(name=str(name))
+    return read_data(replace(settings, dir=data_dir if data_dir is not None else settings.dir))
+
+
+def attack_of(epsilon: str | None, norm: str | None, checkpoint: Path) -> tuple[float, str]:
+    """Radius and norm that the user gives, else the run's own.
+
+    Raises:
+        UsageError: neither is known.
+    """
+    from expkit.errors import UsageError
+    from train_adv.attacks.norms import check_epsilon
+
+    config = run_config(checkpoint)
+    radius = parse_number(epsilon, "--epsilon")
+    if radius is None:
+        radius = config.resolved().attack.epsilon if config is not None else None
+    if radius is None:
+        raise UsageError(f"{checkpoint} lies in no run's folder, so its epsilon is not known; give --epsilon")
+    kind = norm if norm is not None else config.attack.norm if config is not None else "Linf"
+    check_epsilon(radius, kind)
+    return radius, kind

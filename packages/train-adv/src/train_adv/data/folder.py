@@ -1,0 +1,169 @@
+"""Images in folders, one folder a class; corrupt files are named, counted, and skipped or refused."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expkit.cli import progress
+from expkit.errors import UsageError
+from train_adv.data.dataset import Augment, DataSet, Resident, Split, stream_seed
+
+CorruptPolicy = Literal["refuse", "skip"]
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+_TEST_NAMES = ("test", "val", "validation")
+_SHOWN = 5  # corrupt files that are named
+
+
+def decode(path: Path, size: int, channels: int) -> Tensor:
+    """One image, uint8 (channels, size, size): its shorter side scaled to `size`, then the middle."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        image = opened.convert("RGB" if channels == 3 else "L")
+    width, height = image.size
+    if (width, height) != (size, size):
+        scale = size / min(width, height)
+        wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+        image = image.resize((wide, high), Image.Resampling.BICUBIC)
+        left, top = (wide - size) // 2, (high - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+    array = np.array(image, dtype=np.uint8)
+    return torch.from_numpy(array.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+
+
+def decode_all(
+    files: Sequence[tuple[Path, int]], *, size: int, channels: int, corrupt: CorruptPolicy = "refuse"
+) -> Resident:
+    """Decode (path, label) pairs into memory.
+
+    Raises:
+        UsageError: there is none, or files are corrupt and are to be refused (the first ones are named).
+    """
+    images, labels, bad = [], [], []
+    with progress() as bar, ThreadPoolExecutor() as pool:
+        task = bar.add_task("decoding images", total=len(files))
+        decoded = pool.map(lambda each: _try(each[0], size, channels), files)
+        for (path, label), image in zip(files, decoded, strict=True):
+            bar.advance(task)
+            if image is None:
+                bad.append(path)
+            else:
+                images.append(image)
+                labels.append(label)
+    report_corrupt(bad, len(files), corrupt)
+    return Resident(torch.stack(images), torch.tensor(labels))
+
+
+def report_corrupt(bad: Sequence[Path], total: int, corrupt: CorruptPolicy) -> None:
+    """Refuse corrupt files, or say on stderr which were skipped; refuse also where nothing is left."""
+    if not bad:
+        if not total:
+            raise UsageError("there are no images to read")
+        return
+    named = ", ".join(str(path) for path in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
+    if corrupt == "refuse" or len(bad) == total:
+        raise UsageError(f"{len(bad)} of {total} images cannot be read: {named} (data.corrupt = skip leaves them out)")
+    print(f"skipped {len(bad)} of {total} images that cannot be read: {named}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Images that are decoded when asked for.
+
+    Attributes:
+        paths: one for each label.
+        labels: int64 (n,).
+        size, channels: see `decode`.
+    """
+
+    paths: tuple[Path, ...]
+    labels: Tensor
+    size: int
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return torch.stack([decode(self.paths[index], self.size, self.channels) for index in indices.tolist()])
+
+    def select(self, indices: Tensor) -> Streamed:
+        paths = tuple(self.paths[index] for index in indices.tolist())
+        return Streamed(paths, self.labels[indices], self.size, self.channels)
+
+
+def image_folder(
+    root: Path, *, size: int, channels: int = 3, corrupt: CorruptPolicy = "refuse", resident_gib: float = 4.0
+) -> DataSet:
+    """`root/train/CLASS/*` and `root/test/CLASS/*` (or val), or `root/CLASS/*`, a fifth of which becomes the test.
+
+    Args:
+        size: images become size x size.
+        corrupt: what to do with files that cannot be read.
+        resident_gib: a split below this size is held in memory, a larger one is decoded along the way.
+
+    Raises:
+        UsageError: no classes, no images, or other classes in the test split.
+    """
+    if not root.is_dir():
+        raise UsageError(f"image folder {root} does not exist")
+    test_root = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
+    base = root / "train" if (root / "train").is_dir() else root
+    if base == root and test_root is not None:
+        raise UsageError(f"{root} has a folder {test_root.name} and no folder train")
+    classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
+    train = _list(base, classes)
+    if test_root is not None:
+        unknown = sorted({entry.name for entry in test_root.iterdir() if entry.is_dir()} - set(classes))
+        if unknown:
+            raise UsageError(f'{test_root} has a class "{unknown[0]}" that {base} does not have')
+        test = _list(test_root, classes)
+    else:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stream_seed("test split")))
+        cut = len(train) // 5
+        train, test = [train[i] for i in sorted(order[cut:].tolist())], [train[i] for i in sorted(order[:cut].tolist())]
+    if not train or not test:
+        raise UsageError(f"{root} has {len(train)} training and {len(test)} test images; use ROOT/train/CLASS/IMAGE")
+    splits = [_make(each, size, channels, corrupt, resident_gib) for each in (train, test)]
+    return DataSet(str(root), tuple(classes), splits[0], splits[1], Augment(padding=size // 8))
+
+
+def _list(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+    ]
+
+
+def _make(
+    files: list[tuple[Path, int]], size: int, channels: int, corrupt: CorruptPolicy, resident_gib: float
+) -> Split:
+    if len(files) * channels * size * size <= resident_gib * 2**30:
+        return decode_all(files, size=size, channels=channels, corrupt=corrupt)
+    with progress() as bar, ThreadPoolExecutor() as pool:
+        task = bar.add_task("checking images", total=len(files))
+        good: list[tuple[Path, int]] = []
+        bad: list[tuple[Path, int]] = []
+        for each, image in zip(files, pool.map(lambda one: _try(one[0], size, channels), files), strict=True):
+            bar.advance(task)
+            (bad if image is None else good).append(each)
+    report_corrupt([path for path, _ in bad], len(files), corrupt)
+    return Streamed(tuple(path for path, _ in good), torch.tensor([label for _, label in good]), size, channels)
+
+
+def _try(path: Path, size: int, channels: int) -> Tensor | None:
+    try:
+        return decode(path, size, channels)
+    except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are no images, or cut off
+        return None

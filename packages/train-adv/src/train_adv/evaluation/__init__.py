@@ -1,0 +1,1 @@
+"""How robust a checkpoint is: named attacks on a test split, with intervals, restartable."""

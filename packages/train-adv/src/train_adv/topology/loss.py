@@ -1,0 +1,141 @@
+"""L_topo: how far the network's relations between natural samples are from those of a standard model.
+
+Symbols (notes on arXiv 2311.17607): z_s reference features, z_a features in training, p = p_{j|i} from z_s, q from z_a,
+L_topo = (1/B) sum_i sum_{j != i} p log(p/q). The abstract gives the idea; kernel, direction and reduction are ours.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from expkit.errors import UsageError
+from train_adv.topology.gather import gather_with_gradient
+from train_adv.topology.kernels import KernelName, make_kernel
+
+Direction = Literal["forward", "reverse", "jensen-shannon"]
+Reduction = Literal["row", "mean", "sum", "none"]
+
+
+class TopologyLoss(nn.Module):
+    """Divergence between the neighbour distributions of two sets of features of the same samples.
+
+    Computed in fp32 also inside autocast: probabilities differ from 1/B by a few per cent only.
+
+    Args:
+        kernel: "cosine" (PKT), "gaussian" (each row at `perplexity`), "student-t" or "softmax-cosine".
+        temperature: of softmax-cosine.
+        perplexity: of gaussian; lowered where a row has too few neighbours.
+        diagonal: count a sample as its own neighbour.
+        direction: "forward" KL(p|q), "reverse" KL(q|p) or "jensen-shannon".
+        neighbours: only the so many nearest by the reference; 0 is all.
+        reduction: "row" mean over i of the sum over j; "mean" also over j (PKT's scale: divide by the columns);
+            "sum"; "none" gives (batch,).
+        gather: neighbours are the samples of all processes, not only of this one.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: KernelName = "cosine",
+        temperature: float = 0.1,
+        perplexity: float = 30.0,
+        diagonal: bool = False,
+        direction: Direction = "forward",
+        neighbours: int = 0,
+        reduction: Reduction = "row",
+        gather: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in (
+            ("kernel", kernel, KernelName),
+            ("direction", direction, Direction),
+            ("reduction", reduction, Reduction),
+        ):
+            if value not in get_args(kind):
+                raise UsageError(f"{name} is {value!r}; use one of {', '.join(get_args(kind))}")
+        if temperature <= 0 or perplexity < 1 or neighbours < 0:
+            raise UsageError(
+                f"temperature {temperature}, perplexity {perplexity}, neighbours {neighbours}: "
+                "needed above 0, at least 1, and 0 or more"
+            )
+        self.kernel, self.temperature, self.perplexity = kernel, temperature, perplexity
+        self.diagonal, self.direction, self.neighbours = diagonal, direction, neighbours
+        self.reduction, self.gather = reduction, gather
+        self._scores = make_kernel(kernel, temperature=temperature, perplexity=perplexity)
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, direction={self.direction}, reduction={self.reduction}"
+
+    def forward(self, features: Tensor, reference: Tensor) -> Tensor:
+        """Compare features (batch, dim) in training with the reference's (batch, dim of its own), gradient-free.
+
+        Returns:
+            A scalar, or (batch,) without reduction.
+
+        Raises:
+            UsageError: other shapes, or fewer than two samples: there are no neighbours.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            own, other = features.float(), reference.detach().float()
+            check_features(own, other)
+            all_own, start = gather_with_gradient(own) if self.gather else (own, 0)
+            all_other, _ = gather_with_gradient(other) if self.gather else (other, 0)
+            mask = self._neighbours(other, all_other, start)
+            log_p = log_probabilities(self._scores(other, all_other, mask), mask)
+            log_q = log_probabilities(self._scores(own, all_own, mask), mask)
+            return self._reduce(self._diverge(log_p, log_q, mask), all_own)
+
+    def _neighbours(self, rows: Tensor, columns: Tensor, start: int) -> Tensor:
+        """Which columns count for each row, boolean (rows, columns)."""
+        mask = torch.ones(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+        own = torch.arange(len(rows), device=rows.device)
+        if not self.diagonal:
+            mask[own, own + start] = False
+        if 0 < self.neighbours < len(columns) - 1:
+            scores = self._scores(rows, columns, mask)
+            scores[own, own + start] = -torch.inf  # the sample itself is no neighbour that could be chosen
+            nearest = scores.topk(self.neighbours, dim=1).indices
+            chosen = torch.zeros_like(mask).scatter_(1, nearest, True)
+            chosen[own, own + start] = self.diagonal
+            return chosen
+        return mask
+
+    def _diverge(self, log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+        if self.direction == "forward":
+            return divergence(log_p, log_q, mask)
+        if self.direction == "reverse":
+            return divergence(log_q, log_p, mask)
+        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=log_p.device))
+        return (divergence(log_p, log_m, mask) + divergence(log_q, log_m, mask)) / 2
+
+    def _reduce(self, rows: Tensor, columns: Tensor) -> Tensor:
+        if self.reduction == "row":
+            return rows.mean()
+        if self.reduction == "mean":
+            return rows.mean() / len(columns)
+        return rows.sum() if self.reduction == "sum" else rows
+
+
+def log_probabilities(scores: Tensor, mask: Tensor) -> Tensor:
+    """Log-softmax of each row over its neighbours; 0 elsewhere, where nothing may look at it (nor send gradient)."""
+    return scores.masked_fill(~mask, -torch.inf).log_softmax(dim=1).masked_fill(~mask, 0)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:
+    """KL(p|q) of each row: (rows, columns) -> (rows,)."""
+    return (log_p.exp() * mask * (log_p - log_q)).sum(dim=1)
+
+
+def check_features(features: Tensor, reference: Tensor) -> None:
+    """Raise UsageError where two sets of features cannot be compared."""
+    if features.ndim != 2 or reference.ndim != 2:
+        raise UsageError(
+            f"features of shape {tuple(features.shape)} and {tuple(reference.shape)}: expected (batch, dim) for both"
+        )
+    if len(features) != len(reference):
+        raise UsageError(f"{len(features)} samples against {len(reference)} of the reference; they must be the same")
+    if len(features) < 2:
+        raise UsageError("a batch of 1 has no neighbours; the topology loss needs at least 2 samples")

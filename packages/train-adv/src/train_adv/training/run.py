@@ -1,0 +1,383 @@
+"""The job behind `train-adv train`: a run directory around a `Trainer`, from the standard model to the final report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expkit.checkpoint import CheckpointStore, load_tensors, write_json
+from expkit.cli import console, progress
+from expkit.device import peak_memory, resolve_device, resolve_dtype, synchronize
+from expkit.distributed import World, barrier
+from expkit.errors import UsageError
+from expkit.rundir import RunDir, evidence
+from expkit.seed import seed_everything
+from train_adv.attacks.norms import make_norm
+from train_adv.attacks.pgd import PGD
+from train_adv.data.batches import Batches
+from train_adv.data.dataset import Augment, DataSet, Resident, Split, channel_statistics, hold_out
+from train_adv.data.load import load_data
+from train_adv.hosts.make import make_host
+from train_adv.models.build import build
+from train_adv.models.checkpoint import load_model, load_weights, save_model
+from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.topology import metrics
+from train_adv.topology.loss import TopologyLoss
+from train_adv.topology.regularizer import TopologyRegularizer
+from train_adv.training.climber import resolve_engine
+from train_adv.training.config import DataConfig, TopologyConfig, TrainConfig
+from train_adv.training.detect import catastrophic_overfitting, robust_overfitting
+from train_adv.training.measure import features_of, pgd_accuracy, right_answers
+from train_adv.training.trainer import Trainer
+
+REFERENCE = "reference"  # folder of the standard model's own run, inside the run's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: the run's directory, with `best.safetensors`, `last.safetensors` and `result.json`.
+        result: the figures that `result.json` holds.
+        model: the best model, in eval mode.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+    model: Classifier
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the caller of `fit` may bring instead of a name.
+
+    Attributes:
+        data: a data set.
+        model: a function that makes the network, fresh each time; it takes normalised images.
+    """
+
+    data: DataSet | None = None
+    model: Callable[[], nn.Module] | None = None
+
+
+def train(
+    config: TrainConfig, runs: Path, world: World, *, resume: bool = False, given: Given | None = None
+) -> Outcome | None:
+    """Train, validate, keep the best and the last, report both on the test split; other processes return None.
+
+    Raises:
+        UsageError: see `RunDir.create`; data, model or reference that cannot be used; a loss that is no number.
+    """
+    given = given if given is not None else Given()
+    config = config.resolved()
+    record = evidence(config.seed)
+    device, dtype = _device_and_dtype(config)
+    data = given.data if given.data is not None else read_data(config.data)
+    spec = describe(config, data, given)
+    folder = runs / config.name
+    run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
+    barrier()
+    try:
+        reference = _reference(config, folder, spec, world, resume=resume, given=Given(data, given.model))
+        job = _Job(config, data, spec, given, reference, device, dtype, world, run, folder)
+        if resume:
+            checkpoint = CheckpointStore(folder / "checkpoints").latest()
+            if checkpoint is not None:
+                job.trainer.restore(checkpoint.tensors, checkpoint.state)
+        job.fit()
+    finally:
+        if run is not None:
+            run.metrics.close()
+    barrier()
+    return job.finish(record) if run is not None else None
+
+
+def read_data(config: DataConfig) -> DataSet:
+    """The data of a configuration, cut and augmented as it says."""
+    data = load_data(
+        config.name,
+        config.dir,
+        image_size=config.image_size,
+        corrupt=config.corrupt,
+        resident_gib=config.resident_gib,
+    )
+    padding = data.augment.padding if config.padding is None else config.padding
+    flip = data.augment.flip if config.flip is None else config.flip
+    train = data.train
+    if 0 < config.limit < len(train):
+        train = train.select(torch.arange(config.limit))
+    return replace(data, train=train, augment=Augment(padding, flip))
+
+
+def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
+    """What the checkpoint will say about the model."""
+    mean, std = channel_statistics(data.train)
+    name = "custom" if given.model is not None else str(config.model)
+    return ModelSpec(name, data.class_names, data.image_shape, mean, std, "auto")
+
+
+def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
+    device = resolve_device(config.device)
+    name = config.dtype
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and resolve_dtype("auto", device) == torch.bfloat16 else "fp32"
+    dtype = resolve_dtype(name, device)
+    if dtype == torch.float16:
+        raise UsageError("training in float16 would need loss scaling and is not supported; use dtype bf16 or fp32")
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cudnn.deterministic = config.deterministic
+    return device, dtype
+
+
+def _fresh(spec: ModelSpec, given: Given) -> Classifier:
+    return Classifier(given.model(), spec) if given.model is not None else build(spec)
+
+
+def _reference(
+    config: TrainConfig, folder: Path, spec: ModelSpec, world: World, *, resume: bool, given: Given
+) -> Classifier | None:
+    """The standard model: read, or trained first inside the run's folder, by a run of its own that resumes like any."""
+    settings = config.topology
+    if not settings.needs_reference or settings.reference == "ema":
+        return None
+    path = settings.path
+    if path is None:
+        path = folder / REFERENCE
+        if not (path / "result.json").is_file():
+            standard = replace(
+                config,
+                name=REFERENCE,
+                host="standard",
+                epochs=settings.reference_epochs or config.epochs,
+                topology=TopologyConfig(),
+                awp=replace(config.awp, gamma=0.0),
+                averaging=replace(config.averaging, kind="none"),
+                validation=replace(config.validation, test=False),
+            )
+            started = resume and (path / "config.toml").is_file()
+            train(standard, folder, world, resume=started, given=given)
+            barrier()
+    reference = load_model(path, model=given.model() if given.model is not None else None)
+    if reference.spec.class_names != spec.class_names or reference.spec.image_shape[0] != spec.image_shape[0]:
+        raise UsageError(
+            f"the reference {path} knows {len(reference.spec.class_names)} classes of "
+            f"{reference.spec.image_shape[0]}-channel images, and the data have {len(spec.class_names)} of "
+            f"{spec.image_shape[0]}: their topologies cannot be compared"
+        )
+    return reference
+
+
+class _Job:
+    """A trainer, its validation data and its files."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: DataSet,
+        spec: ModelSpec,
+        given: Given,
+        reference: Classifier | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World,
+        run: RunDir | None,
+        folder: Path,
+    ) -> None:
+        self.config, self.data, self.device, self.dtype = config, data, device, dtype
+        self.world, self.run, self.folder, self.spec, self.given = world, run, folder, spec, given
+        training, held = hold_out(data.train, config.validation.fraction, config.seed)
+        self.held = held.to(device) if isinstance(held, Resident) else held
+        self.batches = Batches(
+            training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            augment=data.augment,
+            device=device,
+            world=world,
+            workers=config.data.workers,
+        )
+        seed_everything(config.seed)
+        model = _fresh(spec, given)
+        attack = self._attack(config.attack.steps)
+        teacher = replace(spec, name=config.teacher) if config.teacher is not None else spec
+        host = make_host(config.host, attack, config.beta, lambda: _fresh(teacher, given))
+        model = model.to(device)
+        topology = self._topology(model, reference)
+        engine = resolve_engine(config.engine, device)
+        self.reference = reference.to(device).eval() if reference is not None else None
+        self.trainer = Trainer(
+            config, model, host, topology, self.batches, device=device, dtype=dtype, engine=engine, world=world
+        )
+
+    def _attack(self, steps: int) -> PGD:
+        settings = self.config.attack
+        assert settings.epsilon is not None and settings.step_size is not None  # resolved
+        return PGD(settings.epsilon, settings.step_size, steps, make_norm(settings.norm))
+
+    def _topology(self, model: Classifier, reference: Classifier | None) -> TopologyRegularizer | None:
+        settings = self.config.topology
+        if not settings.active:
+            return None
+        loss = TopologyLoss(
+            kernel=settings.kernel,
+            temperature=settings.temperature,
+            perplexity=settings.perplexity,
+            diagonal=settings.diagonal,
+            direction=settings.direction,
+            neighbours=settings.neighbours,
+            reduction=settings.reduction,
+        )
+        return TopologyRegularizer(
+            model,
+            reference.to(self.device) if reference is not None else None,
+            weight=settings.weight,
+            layer=settings.layer,
+            reference_layer=settings.layer,
+            loss=loss,
+            kind=settings.reference,
+            decay=settings.decay,
+            warmup=round(settings.warmup * self.batches.steps),
+            statistics=settings.statistics,
+        ).to(self.device)
+
+    def fit(self) -> None:
+        """All epochs that are left."""
+        config, trainer = self.config, self.trainer
+        if self.run is not None:
+            topology = f" + TRAIN ({config.topology.kernel})" if config.topology.active else ""
+            console().print(f"{config.host}{topology}, {self.spec.name}, {self.data.name}: {self.folder}")
+        with progress() as bar:
+            steps = self.batches.steps
+            task = None
+            if self.run is not None:
+                total = config.epochs * steps
+                task = bar.add_task(config.name, total=total, completed=trainer.progress.epoch * steps)
+            while trainer.progress.epoch < config.epochs and not trainer.progress.stopped:
+                begun = time.perf_counter()
+                for number in trainer.epoch():
+                    if task is not None:
+                        bar.update(task, completed=trainer.progress.epoch * steps + number)
+                    every = config.checkpoint_every
+                    if every and number % every == 0 and number < steps:
+                        synchronize(self.device)
+                        trainer.progress.seconds += time.perf_counter() - begun
+                        self._save()
+                        begun = time.perf_counter()
+                synchronize(self.device)
+                trainer.progress.seconds += time.perf_counter() - begun
+                self._end_epoch()
+                if task is not None and trainer.progress.history:
+                    last = trainer.progress.history[-1]
+                    shown = f"{config.name}: natural {last['val_natural']:.1%}, PGD {last['val_pgd']:.1%}"
+                    bar.update(task, description=shown)
+
+    def _end_epoch(self) -> None:
+        trainer, config = self.trainer, self.config
+        done = trainer.progress.epoch
+        figures = trainer.take_sums()
+        if done % config.validation.every == 0 or done == config.epochs:
+            self._validate(figures)
+        if self.run is not None:
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            step = done * self.batches.steps
+            self.run.metrics.log(step, epoch=done, lr=rate, seconds=trainer.progress.seconds, **figures)
+        self._save()
+
+    def _validate(self, figures: dict[str, float]) -> None:
+        """Every process does it, on the same weights, and comes to the same figures."""
+        trainer, config = self.trainer, self.config
+        average = trainer.average
+        if average is not None and average.updates and config.averaging.statistics == "recompute":
+            average.refresh(trainer.adversarial_batches(config.averaging.batches))
+        model = trainer.deliverable.eval()
+        figures.update(self._accuracies(model, self.held, config.validation.steps, "val"))
+        if config.topology.metrics and self.reference is not None:
+            figures.update(self._topology_metrics(model))
+        model.train(model is trainer.model)
+        now = trainer.progress
+        now.history.append({"epoch": float(now.epoch), **figures})
+        score = figures["val_natural"] if config.host == "standard" else figures["val_pgd"]
+        if score > now.best_score:
+            now.best_score, now.best_epoch = score, now.epoch
+            self._keep("best", figures)
+        for detect in (catastrophic_overfitting, robust_overfitting):
+            warning = detect(now.history, config.guard) if config.host != "standard" else None
+            if warning is not None:
+                if self.run is not None:
+                    console().print(f"warning: {warning}")
+                if config.guard.stop:
+                    now.stopped = warning
+
+    def _accuracies(self, model: Classifier, split: Split, steps: int, prefix: str) -> dict[str, float]:
+        size = self.config.validation.batch_size
+        natural = right_answers(model, split, size=size, device=self.device, dtype=self.dtype)
+        robust = pgd_accuracy(
+            model, split, self._attack(steps), size=size, device=self.device, dtype=self.dtype, seed=self.config.seed
+        )
+        return {f"{prefix}_natural": float(natural.float().mean()), f"{prefix}_pgd": robust}
+
+    def _topology_metrics(self, model: Classifier) -> dict[str, float]:
+        assert self.reference is not None
+        size = self.config.validation.batch_size
+        own, other = (
+            features_of(each, self.held, size=size, device=self.device, dtype=self.dtype)
+            for each in (model, self.reference)
+        )
+        return {f"topology_{name}": value for name, value in metrics.measure(own, other).items()}
+
+    def _keep(self, name: str, figures: dict[str, float]) -> None:
+        if self.run is None:
+            return
+        about = {"epoch": self.trainer.progress.epoch, **figures}
+        save_model(self.folder / f"{name}.safetensors", self.trainer.deliverable, about)
+
+    def _save(self) -> None:
+        if self.run is None:
+            return
+        progress = self.trainer.progress
+        step = progress.epoch * self.batches.steps + progress.number
+        self.run.checkpoints.save(step, self.trainer.tensors(), self.trainer.state())
+
+    def finish(self, record: dict[str, Any]) -> Outcome:
+        """Write `last.safetensors` and `result.json`, with both models measured on the test split."""
+        assert self.run is not None
+        config, now = self.config, self.trainer.progress
+        self._keep("last", now.history[-1])
+        chosen = {"best": now.best_epoch, "last": now.epoch}
+        report: dict[str, Any] = {}
+        model = self.trainer.deliverable
+        for name, epoch in chosen.items():
+            load_weights(model, load_tensors(self.folder / f"{name}.safetensors"), name)
+            model.eval()
+            entry = next(each for each in now.history if each["epoch"] == epoch)
+            report[name] = dict(entry)
+            if config.validation.test:
+                found = self._accuracies(model, self.data.test, 20, "test")
+                report[name].update(natural=found["test_natural"], pgd20=found["test_pgd"])
+        images = self.batches.steps * config.batch_size * now.epoch
+        result = {
+            **record,
+            "name": config.name,
+            "host": config.host,
+            "model": self.spec.name,
+            "data": self.data.name,
+            "topology_weight": self.trainer.topology.weight if self.trainer.topology is not None else 0.0,
+            "epochs": now.epoch,
+            "stopped": now.stopped or None,
+            **report,
+            "train_seconds": now.seconds,
+            "seconds_per_epoch": now.seconds / max(now.epoch, 1),
+            "images_per_second": images / max(now.seconds, 1e-9),
+            "peak_memory_bytes": peak_memory(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        write_json(self.folder / "result.json", result)
+        load_weights(model, load_tensors(self.folder / "best.safetensors"), "best")
+        return Outcome(self.folder, result, model.eval())

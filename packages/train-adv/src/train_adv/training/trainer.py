@@ -1,0 +1,317 @@
+"""One training run in memory: batches, host, TRAIN, AWP, averaging. Files are the caller's (`train_adv.training.run`).
+
+Random numbers depend on seed, epoch, step and process alone; the rest of the state is in `state` and `tensors`, so a
+run restored from them repeats an uninterrupted one to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expkit.device import autocast
+from expkit.distributed import World
+from expkit.errors import UsageError
+from expkit.seed import capture_rng, restore_rng
+from train_adv.averaging import WeightAverage
+from train_adv.awp import AWP
+from train_adv.data.batches import Batches
+from train_adv.data.dataset import stream_seed
+from train_adv.hosts.host import Host, HostLoss
+from train_adv.models.classifier import Classifier, Output
+from train_adv.modes import natural_statistics
+from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
+from train_adv.topology.regularizer import TopologyRegularizer
+from train_adv.training.climber import Climber, Engine
+from train_adv.training.config import TrainConfig
+from train_adv.training.reduce import average_gradients, average_statistics
+from train_adv.training.schedule import learning_rate
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: whole epochs done.
+        number: steps done within the present one.
+        seconds: spent in training steps, over all starts.
+        best_epoch, best_score: by validation; epochs count from 1, and 0 is none yet.
+        history: one entry a validation.
+        stopped: why training ended early, or "".
+    """
+
+    epoch: int = 0
+    number: int = 0
+    seconds: float = 0.0
+    best_epoch: int = 0
+    best_score: float = -1.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: str = ""
+
+
+class StepLoss:
+    """What one evaluation of the whole loss gave: total, host, attacked logits, and the topology value."""
+
+    def __init__(self, total: Tensor, host: HostLoss, topology: Tensor | None) -> None:
+        self.total, self.host, self.topology = total, host, topology
+
+
+class Trainer:
+    """Runs steps; see the module's docstring.
+
+    Attributes:
+        model: fp32 weights in training.
+        average: the weight average, or None.
+        progress: where the run stands.
+        batches: the training data.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Classifier,
+        host: Host,
+        topology: TopologyRegularizer | None,
+        batches: Batches,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        engine: Engine,
+        world: World,
+    ) -> None:
+        self.config, self.batches, self.device, self.dtype, self.world = config, batches, device, dtype, world
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.host, self.topology = host.to(device), topology
+        self.forward: Callable[[Tensor], Output] = self.model.with_features
+        if engine != "eager":
+            self.forward = torch.compile(self.model.with_features, dynamic=False)
+            if topology is not None:
+                reference: Any = topology.reference
+                compiled: Callable[[Tensor], Output] = torch.compile(reference.with_features, dynamic=False)
+                topology.read_reference = lambda images: compiled(images).features
+        self.climber = Climber(host, self.model, engine, device, dtype)
+        self.awp = AWP(self.model, config.awp.gamma) if config.awp.gamma > 0 else None
+        averaging = config.averaging
+        self.average = None
+        if averaging.kind != "none":
+            self.average = WeightAverage(self.model, averaging.kind, averaging.decay)
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.SGD(
+            [parameter for module in self._learning() for parameter in module.parameters()],
+            lr=optimizer.lr,
+            momentum=optimizer.momentum,
+            nesterov=optimizer.nesterov,
+            weight_decay=optimizer.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self.progress = Progress()
+        self._sums = torch.zeros(5, device=device)  # loss, attacked right, samples, topology, losses that are no number
+
+    @property
+    def deliverable(self) -> Classifier:
+        """What is validated and kept: the average, where there is one."""
+        if self.average is not None and self.average.updates:
+            return self.average.model
+        return self.model
+
+    def epoch(self) -> Iterator[int]:
+        """Train to the end of the present epoch; yields the number of each step done."""
+        progress = self.progress
+        self.model.train()
+        self.host.train()
+        for images, labels in self.batches.epoch(progress.epoch, progress.number):
+            self._step(images.contiguous(memory_format=torch.channels_last), labels)
+            progress.number += 1
+            if progress.number % self.config.log_every == 0:
+                self._require_finite()
+            yield progress.number
+        self._require_finite()
+        if self.average is not None and self.config.averaging.kind == "swa":
+            if progress.epoch + 1 > self.config.averaging.start * self.config.epochs:
+                self.average.update(self.model)
+        progress.epoch, progress.number = progress.epoch + 1, 0
+
+    def take_sums(self) -> dict[str, float]:
+        """Means since the last call, over all processes."""
+        if self.world.size > 1:
+            torch.distributed.all_reduce(self._sums)
+        loss, right, samples, topology, _ = self._sums.tolist()
+        self._sums.zero_()
+        figures = {"loss": loss / max(samples, 1), "train_robust": right / max(samples, 1)}
+        if self.topology is not None and self.config.topology.active:
+            figures["topology"] = topology / max(samples, 1)
+            figures["weight"] = self.topology.current_weight()
+            figures.update({name: float(self.topology.last[name]) for name in NORMS if name in self.topology.last})
+        return figures
+
+    def adversarial_batches(self, count: int) -> Iterator[Tensor]:
+        """Adversarial training images against the average, for its running statistics."""
+        assert self.average is not None
+        climber = Climber(self.host, self.average.model, "eager", self.device, self.dtype)
+        for number, (images, labels) in enumerate(self.batches.epoch(self.progress.epoch)):
+            if number == count:
+                break
+            start = self.host.start(images, self._generator("recompute", number))
+            yield climber(start, images, labels)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every weight that changes, for a checkpoint."""
+        named: dict[str, nn.Module] = {"model": self.model, "host": self.host}
+        if self.average is not None:
+            named["average"] = self.average.model
+        if self.topology is not None and self.topology.kind != "frozen":
+            named["reference"] = self.topology.reference
+        return {
+            f"{part}.{name}": value for part, module in named.items() for name, value in module.state_dict().items()
+        }
+
+    def state(self) -> dict[str, Any]:
+        """Everything else, for a checkpoint."""
+        topology = self.topology
+        return {
+            "progress": {**vars(self.progress), "history": [dict(entry) for entry in self.progress.history]},
+            "optimizer": self.optimizer.state_dict(),
+            "rng": capture_rng(),
+            "sums": self._sums.cpu(),
+            "updates": self.average.updates if self.average is not None else 0,
+            "topology": {} if topology is None else self._topology_state(topology),
+        }
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from what `tensors` and `state` gave."""
+        parts: dict[str, nn.Module] = {"model": self.model, "host": self.host}
+        if self.average is not None:
+            parts["average"] = self.average.model
+            self.average.updates = state["updates"]
+        if self.topology is not None:
+            self.topology.weight = state["topology"]["weight"]
+            self.topology.steps.fill_(state["topology"]["steps"])
+            self.topology.last.update(state["topology"]["norms"])
+            if self.topology.kind != "frozen":
+                parts["reference"] = self.topology.reference
+        for part, module in parts.items():
+            prefix = f"{part}."
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self._sums.copy_(state["sums"])
+        restore_rng(state["rng"])
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        progress, config = self.progress, self.config
+        done = (progress.epoch + progress.number / self.batches.steps) / config.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, done)
+        start = self.host.start(images, self._generator("attack", progress.number))
+        adversarial = self.climber(start, images, labels)
+        closure = self._whole_loss(images, adversarial, labels)
+        if progress.number == 0 and self.topology is not None and config.topology.active:
+            self._measure_norms(images, adversarial, labels)
+        on = self.awp is not None and done * config.epochs >= config.awp.warmup
+        moved = self.awp.perturbed(lambda: closure().total) if self.awp is not None and on else nullcontext()
+        with moved:
+            loss = closure()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            self._apply()
+        self._after(loss, labels)
+
+    def _whole_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Callable[[], StepLoss]:
+        """The host's loss and lambda * L_topo, at the weights as they are when it is called."""
+        host, settings, topology = self.host, self.config.topology, self.topology
+        closure = host.closure(self.forward, images, adversarial, labels)
+        use = topology if settings.active else None
+        frozen: list[Tensor] = []
+
+        def loss() -> StepLoss:
+            with autocast(self.device, self.dtype):
+                found = closure()
+                natural = found.natural
+                if natural is None and (use is not None or settings.control):
+                    with natural_statistics(self.model, settings.statistics):
+                        natural = self.forward(images)
+                if use is None or natural is None:
+                    return StepLoss(found.total, found, None)
+                if use.kind == "co-trained" or not frozen:
+                    reference, extra = use.reference_features(images, labels)
+                    frozen[:] = [reference]
+                else:
+                    reference, extra = frozen[0], 0.0
+                term = use.compare(natural.features, reference)
+                return StepLoss(found.total + term + extra, found, torch.as_tensor(use.last["topology"]))
+
+        return loss
+
+    def _measure_norms(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
+        """Gradient norms of both losses on this batch, and lambda where it follows their ratio."""
+        topology, settings = self.topology, self.config.topology
+        assert topology is not None
+        parameters = list(self.model.parameters())
+        with natural_statistics(self.model, "dual"), autocast(self.device, self.dtype):
+            # A forward for each: compiled graphs can be walked once only.
+            host = float(gradient_norm(self.host.loss(self.forward, images, adversarial, labels).total, parameters))
+            with torch.no_grad():
+                reference = topology.read_reference(images)
+            other = float(gradient_norm(topology.loss(self.forward(images).features, reference), parameters))
+        topology.last.update(norm_host=host, norm_topology=other)
+        if settings.ratio > 0:
+            topology.weight = weight_for_ratio(host, other, settings.ratio)
+
+    def _apply(self) -> None:
+        modules = self._learning()
+        if self.world.size > 1:
+            average_gradients(modules)
+            average_statistics(modules)
+        limit = self.config.optimizer.clip_norm
+        if limit > 0:
+            nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], limit)
+        self.optimizer.step()
+
+    def _after(self, loss: StepLoss, labels: Tensor) -> None:
+        with torch.no_grad():
+            count = len(labels)
+            right = (loss.host.attacked.argmax(1) == labels).sum()
+            value = loss.topology if loss.topology is not None else loss.total.new_zeros(())
+            bad = ~torch.isfinite(loss.total)
+            self._sums += torch.stack(
+                [loss.total.detach() * count, right, right.new_tensor(count), value.detach() * count, bad]
+            ).float()
+        if self.topology is not None:
+            self.topology.step()
+        if self.average is not None and self.config.averaging.kind == "ema":
+            self.average.update(self.model)
+
+    def _learning(self) -> list[nn.Module]:
+        """Modules whose parameters the optimiser moves."""
+        learning: list[nn.Module] = [self.model, self.host]
+        if self.topology is not None and self.config.topology.active and self.topology.kind == "co-trained":
+            learning.append(self.topology.reference)
+        return learning
+
+    def _require_finite(self) -> None:
+        if float(self._sums[4]) == 0:
+            return
+        config, progress = self.config, self.progress
+        weight = f", topology weight {self.topology.current_weight():g}" if self.topology is not None else ""
+        raise UsageError(
+            f"the loss is not a number in epoch {progress.epoch + 1}, by step {progress.number} (learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): lower "
+            f"{'topology.weight or ' if config.topology.active else ''}optimizer.lr; checkpoints before it are kept"
+        )
+
+    def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
+        norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}
+        return {"weight": topology.weight, "steps": int(topology.steps), "norms": norms}
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        seed = stream_seed(self.config.seed, purpose, self.progress.epoch, number, self.world.rank)
+        return torch.Generator(self.device).manual_seed(seed)
+
+
+NORMS = ("norm_host", "norm_topology")

@@ -1,0 +1,147 @@
+"""Evaluation: stronger attacks leave less, verdicts are fp32, a killed one goes on, figures have intervals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from expkit.errors import UsageError
+from tiny import tiny_batch, tiny_net
+from train_adv.attacks.pgd import PGD
+from train_adv.data.dataset import Augment, DataSet, Resident
+from train_adv.evaluation import evaluate as module
+from train_adv.evaluation.attacks import Evaluator
+from train_adv.evaluation.evaluate import Settings, differences, evaluate, markdown, row
+from train_adv.evaluation.statistics import accuracy, paired_difference, wilson
+from train_adv.models.checkpoint import save_model
+from train_adv.models.classifier import Classifier, ModelSpec
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(0.06, size=8)
+
+
+def data(count: int = 40) -> DataSet:
+    images, labels = tiny_batch(count, classes=5, seed=8)
+    split = Resident((images * 255).round().to(torch.uint8), labels)
+    return DataSet("tiny", tuple("abcde"), split, split, Augment(0, False))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = tiny_net(classes=5, seed=3)
+    images, labels = tiny_batch(256, classes=5, seed=1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(PGD(0.02, 0.02, 1)(model, images, labels)), labels).backward()
+        optimizer.step()
+    spec = ModelSpec("custom", tuple("abcde"), (3, 8, 8), (0.0,) * 3, (1.0,) * 3)
+    classifier = Classifier(model, spec).eval()
+    path = tmp_path_factory.mktemp("run") / "best.safetensors"
+    save_model(path, classifier)
+    return path, classifier
+
+
+def test_stronger_attacks_leave_less(checkpoint, tmp_path):
+    path, model = checkpoint
+    names = ["natural", "fgsm", "pgd20", "cw", "apgd-ce", "apgd"]
+    found = evaluate(path, data(), names, SETTINGS, device=CPU, work=tmp_path, model=model)
+    left = {name: int(right.sum()) for name, right in found.items()}
+    assert left["natural"] >= left["fgsm"] >= left["pgd20"] >= left["apgd-ce"] >= left["apgd"] > 0
+    assert left["apgd"] < left["natural"]
+    assert not (found["apgd"] & ~found["natural"]).any() and not (found["apgd"] & ~found["apgd-ce"]).any()
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, monkeypatch):
+    path, model = checkpoint
+    whole = evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "a", model=model)
+    asked = []
+    real = Evaluator.survivors
+
+    def dying(self, name, images, labels, chunk):
+        asked.append(chunk)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(self, name, images, labels, chunk)
+
+    monkeypatch.setattr(Evaluator, "survivors", dying)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "b", model=model)
+    again = evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "b", model=model)
+    assert asked == [0, 1, 1] and torch.equal(again["pgd20"], whole["pgd20"])
+
+
+def test_other_settings_share_no_answers(checkpoint, tmp_path):
+    path, model = checkpoint
+    weak = evaluate(path, data(), ["fgsm"], replace(SETTINGS, epsilon=0.0), device=CPU, work=tmp_path, model=model)
+    strong = evaluate(path, data(), ["fgsm"], replace(SETTINGS, epsilon=0.3), device=CPU, work=tmp_path, model=model)
+    assert int(strong["fgsm"].sum()) < int(weak["fgsm"].sum())
+
+
+def test_attacks_in_bf16_are_judged_in_fp32(checkpoint, tmp_path):
+    path, model = checkpoint
+    found = [
+        evaluate(path, data(), ["pgd20"], replace(SETTINGS, precision=p), device=CPU, work=tmp_path, model=model)
+        for p in ("fp32", "bf16")
+    ]
+    assert abs(int(found[0]["pgd20"].sum()) - int(found[1]["pgd20"].sum())) <= 2
+
+
+def test_autoattack_is_the_authors_own_and_agrees_with_apgd(checkpoint, tmp_path):
+    pytest.importorskip("pyautoattack")
+    path, model = checkpoint
+    settings = replace(SETTINGS, autoattack_limit=8)
+    found = evaluate(path, data(), ["apgd", "autoattack"], settings, device=CPU, work=tmp_path, model=model)
+    assert len(found["autoattack"]) == 8
+    assert abs(int(found["apgd"][:8].sum()) - int(found["autoattack"].sum())) <= 1
+
+
+def test_wilson_intervals_are_the_known_ones():
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-5)
+    assert wilson(0, 0) == (0.0, 1.0) and wilson(0, 50)[0] == 0.0
+
+
+def test_paired_differences_are_tighter_than_unpaired_ones():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(1000, generator=generator) < 0.5
+    second = first.clone()
+    second[:20] = ~second[:20]
+    found = paired_difference([(first, second)])
+    expected = (first.double() - second.double()).mean()
+    assert found["difference"] == pytest.approx(float(expected))
+    assert found["interval"][1] - found["interval"][0] < 0.02 < 2 * 1.96 * math.sqrt(0.25 / 1000)
+    assert paired_difference([(first, second), (first, first)])["pairs"][1] == 0.0
+
+
+def test_rows_and_tables_have_every_class(checkpoint, tmp_path):
+    path, model = checkpoint
+    found = evaluate(path, data(), ["natural", "fgsm"], SETTINGS, device=CPU, work=tmp_path, model=model)
+    made = row("run", found, data())
+    assert len(made["attacks"]["fgsm"]["per_class"]) == 5
+    assert sum(each["images"] for each in made["attacks"]["fgsm"]["per_class"]) == 40
+    text = markdown([made], {"run - run": differences(found, found)})
+    assert "| run |" in text and "+0.00 [+0.00, +0.00]" in text
+    assert accuracy(torch.tensor([True]), torch.tensor([0]), 2)["per_class"][1]["accuracy"] is None
+
+
+def test_a_model_that_is_wrong_everywhere_has_nothing_to_attack(checkpoint, tmp_path):
+    path, model = checkpoint
+    images = data()
+    wrong = replace(images, test=Resident(images.test.images, (model(images.test.images / 255).argmax(1) + 1) % 5))
+    found = evaluate(path, wrong, ["pgd20", "apgd"], SETTINGS, device=CPU, work=tmp_path, model=model)
+    assert not found["pgd20"].any() and not found["apgd"].any()
+
+
+def test_wrong_use_is_said(checkpoint, tmp_path):
+    path, model = checkpoint
+    with pytest.raises(UsageError, match="pgd20"):
+        evaluate(path, data(), ["pgd"], SETTINGS, device=CPU, work=tmp_path, model=model)
+    with pytest.raises(UsageError, match="8/255"):
+        Settings(8)
+    other = replace(data(), class_names=tuple("abc"))
+    with pytest.raises(UsageError, match="5 classes"):
+        module.require_fit(model, other, path)

@@ -1,0 +1,208 @@
+"""The command line: figures where promised, one line and exit code 2 on wrong use, a quick --help; the README runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from expkit.cli import main
+from train_adv.cli import VERBS, build
+
+README = Path(__file__).parents[1] / "README.md"
+QUICK = ["--device", "cpu", "--set", "data.limit=200", "--set", "attack.steps=2", "--set", "validation.fraction=0.2"]
+EVIDENCE = {"command", "seed", "versions", "hardware", "git", "started"}
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(build(), list(arguments))
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of AT + TRAIN called `one`, and its standard model inside."""
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = ["train", "--name", "one", "--data", "digits", "--topology-weight", "20", "--epochs", "4"]
+    assert run(*arguments, "--runs", str(folder), *QUICK, "--json", str(folder / "one.json")) == 0
+    return folder
+
+
+def test_train_writes_best_and_last(runs):
+    result = json.loads((runs / "one.json").read_text())
+    assert result.keys() > EVIDENCE and {"natural", "pgd20"} <= result["best"].keys() & result["last"].keys()
+    assert (runs / "one" / "reference" / "best.safetensors").is_file()
+
+
+def test_a_run_without_a_name_gets_one_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run("train", "--data", "digits", "--epochs", "1", *QUICK) == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["digits-at", "digits-at-2"]
+
+
+def test_eval_prints_intervals_and_compares(runs, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    folders = [str(runs / "one"), str(runs / "one" / "reference")]
+    assert run("eval", *folders, "--attacks", "natural,fgsm,apgd-ce", "--limit", "30", "--json", str(out)) == 0
+    shown = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert shown.startswith("| checkpoint | natural | fgsm | apgd-ce |") and "| reference - one |" in shown
+    first = written["rows"][0]["attacks"]["fgsm"]
+    assert written.keys() > EVIDENCE and first["images"] == 30 and len(first["per_class"]) == 10
+    assert first["interval"][0] <= first["accuracy"] <= first["interval"][1]
+    assert written["settings"]["epsilon"] == pytest.approx(0.2)
+
+
+def test_predict_names_classes_and_bad_files(runs, tmp_path, capsys):
+    Image.fromarray(np.full((20, 24), 99, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no")
+    model = ["--model", str(runs / "one")]
+    assert run("predict", str(tmp_path / "a.png"), *model, "--json", str(tmp_path / "p.json")) == 0
+    assert re.match(r".*a\.png: \d \d+\.\d%, ", capsys.readouterr().out)
+    assert len(json.loads((tmp_path / "p.json").read_text())["rows"][0]["classes"]) == 3
+    assert run("predict", str(tmp_path), *model) == 2
+    assert "1 of 2 images cannot be read" in capsys.readouterr().err
+    assert run("predict", str(tmp_path), *model, "--corrupt", "skip") == 0
+    assert "skipped 1 of 2" in capsys.readouterr().err
+
+
+def test_attack_writes_images_inside_the_ball(runs, tmp_path, capsys):
+    from train_adv.data.load import digits
+
+    out = tmp_path / "adv"
+    assert run("attack", str(runs / "one"), "--out", str(out), "--count", "6", "--json", str(tmp_path / "a.json")) == 0
+    assert "of 6 images are misclassified" in capsys.readouterr().out
+    assert Image.open(out / "grid.png").size[0] > 300
+    images = digits().test.read(torch.arange(6))
+    for index in range(6):
+        written = torch.from_numpy(np.array(Image.open(out / f"test-{index:05d}.png")))
+        change = (written.int() - images[index, 0].int()).abs().max()
+        assert 0 < int(change) <= 0.2 * 255
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 6
+    assert (
+        run("attack", str(runs / "one"), str(out / "test-00000.png"), "--out", str(out / "again"), "--target", "3") == 0
+    )
+    assert run("attack", str(runs / "one"), "--out", str(out), "--target", "cat") == 2
+
+
+def test_topology_measures_against_the_runs_own_reference(runs, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    arguments = ["topology", str(runs / "one"), "--limit", "80", "--plots", str(tmp_path / "plots")]
+    assert run(*arguments, "--json", str(out)) == 0
+    standard, one = json.loads(out.read_text())["rows"]
+    assert standard["knn_10"] == 1 and standard["name"] == "reference" and one["knn_10"] < 1
+    assert len(one["neighbour_confusion"]) == 10 and one["l_topo"] > standard["l_topo"]
+    for name in ("metrics", "tsne", "confusion"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
+    assert "| one |" in capsys.readouterr().out
+
+
+def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("demo", "--seeds", "2", "--epochs", "1", "--json", "out.json") == 0
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["at", "at+train"]
+    assert all({"seeds", "natural", "pgd20"} <= row.keys() and row["seeds"] == [0, 1] for row in rows)
+    for name in ("accuracy", "neighbourhoods"):
+        assert (Path("train-adv-demo") / f"{name}.png").stat().st_size > 10_000
+    assert "TRAIN: natural" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--epsilon", "8"], "was 8/255 meant?"),
+        (["train", "--epsilon", "a/b"], "8/255"),
+        (["train", "--host", "trade"], "'trades'"),
+        (["train", "--set", "topology.wieght=1"], 'did you mean "topology.weight"'),
+        (["train", "--set", "epochs"], "KEY=VALUE"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--batch-size", "1"], "no neighbours"),
+        (["train", "--config", "missing.toml"], "missing.toml"),
+        (["train", "--device", "cuda:99"], "cuda:99"),
+        (["train", "--name", "one", "--runs", "RUNS"], "exists already"),
+        (["train", "--name", "two", "--runs", "RUNS", "--resume"], "nothing to resume"),
+        (["eval", "RUNS/one", "--attacks", "pgd"], "pgd20"),
+        (["eval", "RUNS/none"], "RUNS/none"),
+        (["eval", "RUNS/one", "--data", "FOLDER"], "classes"),
+        (["predict", "nothing.png", "--model", "RUNS/one"], "nothing.png"),
+        (["topology", "RUNS/one/reference"], "--reference"),
+        (["demo", "--epsilon", "8"], "8/255"),
+        (["attack", "RUNS/one", "--norm", "L7"], "L7"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{index}.png")
+    put = {"RUNS": str(runs), "FOLDER": str(tmp_path / "images")}
+
+    def fill(text: str) -> str:
+        for key, value in put.items():
+            text = text.replace(key, value)
+        return text
+
+    assert run(*map(fill, arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    lines = [line for line in error.splitlines() if not line.startswith(("decoding", "checking"))]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and fill(said) in lines[0]
+    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was(runs, tmp_path, monkeypatch, capsys):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("expkit.checkpoint.save_file", full)
+    assert run("train", "--name", "full", "--runs", str(tmp_path), "--data", "digits", "--epochs", "1", *QUICK) == 1
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "full" / "best.safetensors").exists()
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_answers_without_torch(verb):
+    script = "import sys; sys.argv = ['train-adv', *sys.argv[1:]]; import train_adv.cli as c\n"
+    script += "try: c.main()\nexcept SystemExit as e: assert not e.code and 'torch' not in sys.modules"
+    command = [sys.executable, "-c", script, *([verb] if verb else []), "--help"]
+    begun = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+    assert time.monotonic() - begun < 10
+
+
+def test_readme_commands_and_python_run(runs, tmp_path, monkeypatch, capsys):
+    """Every command of the README but the installation, shortened where it would take long."""
+    monkeypatch.chdir(tmp_path)
+    blocks = README.read_text(encoding="utf-8").split("```")[1::2]
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("train-adv ")]
+    assert len(lines) >= 7 and {shlex.split(line)[1] for line in lines} == set(VERBS)
+    Image.fromarray(np.full((8, 8), 99, np.uint8)).save("photo.png")
+    config = next(block for block in blocks if block.startswith("toml")).removeprefix("toml")
+    Path("robust.toml").write_text(config)
+    short = {
+        "train": ["--data", "digits", "--epochs", "1", "--batch-size", "32", "--set", "model='small-cnn'", *QUICK],
+        "eval": ["--limit", "10", "--attacks", "natural,pgd20"],
+        "demo": ["--seeds", "1", "--epochs", "1"],
+        "topology": ["--limit", "60"],
+    }
+    for line in lines:
+        words = shlex.split(line)[1:]
+        assert run(*words, *short.get(words[0], [])) == 0, (line, capsys.readouterr().err)
+    for block in blocks:
+        if block.startswith("python"):
+            exec(compile(block.removeprefix("python"), "README.md", "exec"), {})

@@ -1,0 +1,40 @@
+"""Features of two processes give the loss and the gradient of one process that holds them all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from train_adv.topology.loss import TopologyLoss
+
+
+def half(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    own, other = whole()
+    part = own.detach()[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    loss = TopologyLoss()(part, other[4 * rank : 4 * rank + 4])
+    loss.backward()
+    torch.save({"loss": loss.detach(), "gradient": part.grad}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def whole() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(8, 3, generator=generator, requires_grad=True), torch.randn(8, 5, generator=generator)
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path):
+    mp.spawn(half, args=(str(tmp_path),), nprocs=2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    own, other = whole()
+    loss = TopologyLoss()(own, other)
+    loss.backward()
+    assert torch.allclose((parts[0]["loss"] + parts[1]["loss"]) / 2, loss)
+    # Averaging over processes divides by 2, which the caller does on the parameters' gradients.
+    assert torch.allclose(torch.cat([part["gradient"] for part in parts]) / 2, own.grad, atol=1e-6)

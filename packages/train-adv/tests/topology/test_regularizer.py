@@ -1,0 +1,142 @@
+"""TRAIN in a loop of one's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from expkit.errors import UsageError
+from tiny import tiny_batch, tiny_net
+from train_adv.topology.features import FeatureTap
+from train_adv.topology.loss import TopologyLoss
+from train_adv.topology.regularizer import TopologyRegularizer
+
+
+def test_it_is_lambda_times_the_loss_of_pooled_features():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    images, _ = tiny_batch()
+    topology = TopologyRegularizer(model, reference, weight=7.0)
+    value = topology(images)
+    trunk, reference_trunk = model[:-1], reference[:-1]
+    expected = TopologyLoss()(trunk(images), reference_trunk(images))
+    assert float(value) == pytest.approx(7 * float(expected), rel=1e-4)
+    assert float(topology.last["topology"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_training_with_it_brings_the_relations_back():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    images, _ = tiny_batch(count=32)
+    topology = TopologyRegularizer(model, reference, weight=10.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    first = None
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = topology(images)
+        first = first if first is not None else float(loss)
+        loss.backward()
+        optimizer.step()
+        topology.step()
+    assert float(loss) < 0.5 * first
+
+
+def test_a_frozen_reference_never_changes_and_never_trains():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    before = copy.deepcopy(reference.state_dict())
+    topology = TopologyRegularizer(model, reference).train()
+    topology(tiny_batch()[0]).backward()
+    assert not reference.training
+    assert all(torch.equal(before[name], value) for name, value in reference.state_dict().items())
+    assert all(parameter.grad is None for parameter in reference.parameters())
+
+
+def test_an_averaged_reference_follows_the_model():
+    model = tiny_net(seed=1)
+    topology = TopologyRegularizer(model, kind="ema", decay=0.9)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    topology.step()
+    assert torch.allclose(model[0].weight - topology.reference[0].weight, torch.tensor(0.9), atol=1e-5)
+
+
+def test_a_co_trained_reference_learns_from_labels_only():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    images, labels = tiny_batch()
+    topology = TopologyRegularizer(model, reference, kind="co-trained", weight=3.0)
+    topology(images, labels).backward()
+    gradient = reference[-1].weight.grad.clone()
+    reference.zero_grad()
+    F.cross_entropy(reference(images), labels).backward()
+    assert torch.allclose(gradient, reference[-1].weight.grad, atol=1e-5)
+    with pytest.raises(UsageError, match="labels"):
+        topology(images)
+
+
+def test_lambda_warms_up_linearly():
+    topology = TopologyRegularizer(tiny_net(), tiny_net(seed=2), weight=8.0, warmup=4)
+    weights = []
+    for _ in range(6):
+        weights.append(topology.current_weight())
+        topology.step()
+    assert weights == [0.0, 2.0, 4.0, 6.0, 8.0, 8.0]
+
+
+def test_calibration_gives_the_asked_ratio_of_gradient_norms():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    images, labels = tiny_batch()
+    topology = TopologyRegularizer(model, reference)
+    host = F.cross_entropy(model(images), labels)
+    weight = topology.calibrate(host, images, model.parameters(), ratio=0.5)
+
+    def norm(loss):
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm()
+
+    ratio = norm(topology(images)) / norm(F.cross_entropy(model(images), labels))
+    assert float(ratio) == pytest.approx(0.5, rel=1e-3) and weight == topology.weight
+    assert topology.last["norm_host"] > 0 and topology.last["norm_topology"] > 0
+
+
+@pytest.mark.parametrize(("policy", "moves"), [("shared", True), ("dual", False), ("frozen", False)])
+def test_batch_norm_statistics_move_only_where_asked(policy, moves):
+    model = tiny_net(seed=1).train()
+    topology = TopologyRegularizer(model, tiny_net(seed=2), statistics=policy)
+    before = model[1].running_mean.clone()
+    topology(tiny_batch()[0]).backward()
+    assert torch.equal(before, model[1].running_mean) is not moves
+    assert model[1].training
+
+
+def test_a_named_layer_is_pooled_and_a_missing_one_is_named():
+    model = tiny_net()
+    images, _ = tiny_batch()
+    tap = FeatureTap(model, "3")
+    model(images)
+    assert torch.allclose(tap.take(), model[:4](images).mean((2, 3)))
+    with pytest.raises(UsageError, match='no layer "layer4"; did you mean'):
+        FeatureTap(model, "layer4")
+    with pytest.raises(UsageError, match="no linear layer"):
+        FeatureTap(nn.Conv2d(3, 3, 3))
+
+
+def test_the_model_is_not_swallowed_by_the_regularizer():
+    model = tiny_net()
+    topology = TopologyRegularizer(model, tiny_net(seed=2))
+    assert not any(parameter.requires_grad for parameter in topology.parameters())
+    topology.remove()
+    assert not model[-1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("library", "name"), [("timm", "resnet10t"), ("torchvision", "mobilenet_v3_small")])
+def test_models_of_timm_and_torchvision_are_taken_as_they_are(library, name):
+    if library == "timm":
+        model = pytest.importorskip("timm").create_model(name, num_classes=4)
+    else:
+        model = pytest.importorskip("torchvision").models.get_model(name, num_classes=4)
+    topology = TopologyRegularizer(model, copy.deepcopy(model), weight=1.0)
+    value = topology(torch.rand(4, 3, 32, 32))
+    value.backward()
+    assert torch.isfinite(value)

@@ -1,0 +1,109 @@
+"""What only a GPU can show: CUDA graphs, bf16, exact resume there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import train_adv
+from expkit.checkpoint import load_tensors
+from train_adv.attacks.apgd import APGD
+from train_adv.attacks.losses import cross_entropy
+from train_adv.attacks.pgd import PGD
+from train_adv.data.dataset import Augment, DataSet, Resident
+from train_adv.evaluation.attacks import Evaluator
+from train_adv.graphs import Captured
+from train_adv.hosts.make import make_host
+from train_adv.models.build import build
+from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.modes import attack_twin
+from train_adv.training.climber import Climber
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+NAMES = tuple(str(digit) for digit in range(10))
+
+
+def classifier(name: str = "small-cnn", size: int = 16) -> Classifier:
+    torch.manual_seed(0)
+    spec = ModelSpec(name, NAMES, (3, size, size), (0.5,) * 3, (0.25,) * 3)
+    return build(spec).to(CUDA).to(memory_format=torch.channels_last)
+
+
+def batch(count: int = 64, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, size, size, generator=generator)
+    return images.to(CUDA), torch.randint(10, (count,), generator=generator).to(CUDA)
+
+
+@pytest.mark.parametrize("host_name", ["at", "trades", "n-fgsm"])
+def test_a_graph_is_the_eager_attack_and_follows_the_weights(host_name):
+    model = classifier()
+    images, labels = batch()
+    host = make_host(host_name, PGD(8 / 255, 2 / 255, 5), None, classifier)
+    start = host.start(images, torch.Generator(CUDA).manual_seed(1))
+    eager, graphs = (Climber(host, model, engine, CUDA, torch.float32) for engine in ("eager", "graphs"))
+    for _ in range(3):
+        first, second = eager(start, images, labels), graphs(start, images, labels)
+        assert ((first - second).abs() < 1e-3).float().mean() > 0.98  # signs of tiny gradients may differ
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def test_bf16_leaves_images_in_fp32():
+    model = classifier("resnet18", 32)
+    images, labels = batch(16, 32)
+    climber = Climber(
+        make_host("at", PGD(8 / 255, 2 / 255, 5), None, classifier), model, "graphs", CUDA, torch.bfloat16
+    )
+    found = climber(images, images, labels)
+    assert found.dtype == torch.float32 and 0 < float((found - images).abs().max()) <= 8 / 255 + 1e-6
+
+
+def test_apgd_as_a_graph_reaches_the_eager_loss():
+    model = attack_twin(classifier())
+    images, labels = batch()
+    attack = APGD(8 / 255, 20)
+    start = attack.draw(images, torch.Generator(CUDA).manual_seed(0))
+
+    def run(points: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return attack.run(model, points, x, y, cross_entropy).loss
+
+    eager, graph = run(start, images, labels), Captured(run, True)(start, images, labels)
+    assert torch.allclose(eager.mean(), graph.mean(), rtol=1e-2)
+
+
+def test_compiled_evaluation_agrees_with_the_plain_one():
+    model = classifier().eval()
+    images, labels = batch(100)
+    labels = model(images).argmax(1)
+    counts = [
+        int(Evaluator(model, 4 / 255, "Linf", 50, CUDA, compiled=compiled).survivors("apgd", images, labels, 0).sum())
+        for compiled in (False, True)
+    ]
+    assert abs(counts[0] - counts[1]) <= 3
+
+
+def test_deterministic_runs_are_the_same_to_the_bit(tmp_path):
+    images, labels = batch(320)
+    split = Resident((images.cpu() * 255).to(torch.uint8), labels.cpu())
+    data = DataSet("made", NAMES, split, split, Augment(2, True))
+    weights = []
+    for name in ("one", "two"):
+        outcome = train_adv.fit(
+            "small-cnn",
+            data,
+            host="trades",
+            topology={"weight": 20.0, "reference_epochs": 1},
+            name=name,
+            runs=tmp_path,
+            epochs=2,
+            batch_size=64,
+            deterministic=True,
+            awp={"gamma": 0.005},
+            averaging={"kind": "ema"},
+            validation={"fraction": 0.2, "steps": 2},
+        )
+        weights.append(load_tensors(outcome.folder / "last.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
