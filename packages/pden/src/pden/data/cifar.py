@@ -69,7 +69,9 @@ def recompute(images: Tensor, corruption: str, level: int, *, seed: int = 0, fro
     """uint8 images ``(count, 3, 32, 32)`` with a corruption, on the GPU where there is one."""
     device = resolve_device("auto")
     rng = torch.Generator(device).manual_seed(seed * 1000 + 10 * CORRUPTIONS.index(corruption) + level)
-    parts = [corrupt(part.to(device), corruption, level, rng, frost=frost).cpu() for part in torch.split(images, _CHUNK)]
+    parts = [
+        corrupt(part.to(device), corruption, level, rng, frost=frost).cpu() for part in torch.split(images, _CHUNK)
+    ]
     return torch.cat(parts)
 
 

@@ -101,7 +101,9 @@ def fit_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
     if size and min(images.shape[-2:]) != size:
         factor = size / min(images.shape[-2:])
         shape = [round(side * factor) for side in images.shape[-2:]]
-        parts = [F.interpolate(part.float(), shape, mode="bilinear", antialias=True) for part in torch.split(images, 4096)]
+        parts = [
+            F.interpolate(part.float(), shape, mode="bilinear", antialias=True) for part in torch.split(images, 4096)
+        ]
         images = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
     if images.shape[1] == channels:
         return images

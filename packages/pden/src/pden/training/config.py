@@ -147,18 +147,20 @@ class GateConfig:
         mode: "on" refuses domains, "record" only measures them, "off" does neither.
         images: how many are measured.
         agreement: least share of them that the task model still labels rightly in the new domain.
-        judge_agreement: least share for the judge, a model of other seed that has seen the source alone.
+        judge_over_chance: least share for the judge, in multiples of chance (1 / classes). The judge is a model of
+            another seed that has seen the source alone, as it is and in random disguise (random convolutions and
+            negatives), and no domain. It is no oracle: a demanding limit refuses just the domains that teach most.
         distance: least distance from the source: 1 - cosine of the judge's features, mean over images.
         novelty: least distance from the nearest earlier domain, measured in the same way.
         retries: how often a refused domain is learned anew before it is dropped.
-        judge_steps, judge_lr: the judge's training (Adam, pre-training batch).
+        judge_steps, judge_lr: the judge's training (Adam).
         collapse: diversity under which a generator counts as collapsed, which is warned of.
     """
 
     mode: Literal["on", "record", "off"] = "on"
     images: int = 1000
     agreement: float = 0.7
-    judge_agreement: float = 0.2
+    judge_over_chance: float = 1.2
     distance: float = 0.02
     novelty: float = 0.0
     retries: int = 1

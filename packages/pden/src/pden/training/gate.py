@@ -112,13 +112,14 @@ def judge_domain(
     round: int,
     attempt: int,
     kind: str,
+    classes: int,
 ) -> DomainReport:
     """The report of a domain, with its verdict."""
     far = distance(found, source)
     novelty = min((distance(found, each) for each in earlier), default=None)
     limits = [
         ("label agreement", found.agreement, gate.agreement),
-        ("label agreement of the judge", found.judge_agreement, gate.judge_agreement),
+        ("label agreement of the judge", found.judge_agreement, gate.judge_over_chance / classes),
         ("distance from the source", far, gate.distance),
         ("novelty", novelty, gate.novelty),
     ]

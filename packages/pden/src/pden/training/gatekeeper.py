@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expkit.device import autocast
 from expkit.distributed import World, gather
+from pden.baselines import RandConv
 from pden.data import Domain
 from pden.generators import Generator
 from pden.losses import safety_loss
@@ -38,13 +40,18 @@ class Gatekeeper:
         index = torch.arange(min(gate.images, len(validation)), device=validation.images.device)
         self.images, self.labels = validation.batch(index)
         self.reports: list[DomainReport] = []
+        self._disguise = RandConv()
         self._accepted: list[Measures] = []
 
-    def train_step(self, images: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """One step of the judge, on source images; its loss."""
+    def train_step(self, images: Tensor, labels: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
+        """One step of the judge, on source images as they are and in random disguise; its loss.
+
+        A model of the plain source alone calls any inverted or recoloured digit wrong, however legible it is.
+        """
+        disguised = self._disguise.convolved(invert_some(images, stream.torch), stream)
         self.judge.train()
         with autocast(images.device, dtype):
-            loss = safety_loss(self.judge(images), labels)
+            loss = safety_loss(self.judge(torch.cat([images, disguised])), torch.cat([labels, labels]))
         self.learner.update(loss)
         return loss
 
@@ -52,7 +59,16 @@ class Gatekeeper:
         """Measure a domain, report on it, and remember it unless it is refused."""
         found = self._measure(task, generator, round, attempt)
         source = self._measure(task, None, 0, 0)
-        made = judge_domain(found, source, self._accepted, self.gate, round=round, attempt=attempt, kind=kind)
+        made = judge_domain(
+            found,
+            source,
+            self._accepted,
+            self.gate,
+            round=round,
+            attempt=attempt,
+            kind=kind,
+            classes=self.judge.classes,
+        )
         report = DomainReport.from_plain(gather(made.plain())[0])  # all processes follow the first one's verdict
         self.reports.append(report)
         if report.kept:
@@ -82,3 +98,9 @@ class Gatekeeper:
             self._measure(task, generator, report.round, report.attempt)
             for report, generator in zip(kept, generators, strict=True)
         ]
+
+
+def invert_some(images: Tensor, rng: torch.Generator) -> Tensor:
+    """Half of the images in [0, 1], drawn at random, as negatives."""
+    draw = torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device)
+    return torch.where(draw < 0.5, 1 - images, images)

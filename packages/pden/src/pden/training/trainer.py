@@ -132,7 +132,8 @@ class Trainer:
             self._plain_step(config.pretrain_batch, stream, clock.step / config.pretrain_steps)
         elif clock.stage == "judge":
             assert self.gatekeeper is not None
-            self._note(judge=self.gatekeeper.train_step(*self._batch(config.pretrain_batch, stream), self.dtype))
+            images, labels = self._batch(config.batch, stream)
+            self._note(judge=self.gatekeeper.train_step(images, labels, stream, self.dtype))
         elif self.expands:
             self._expanding_step(stream)
         else:
