@@ -63,7 +63,9 @@ def save_gallery(
     for row in range(count):
         for column in range(across):
             axes = grid[row][column]
-            axes.imshow(rows[row, column].permute(1, 2, 0).expand(-1, -1, 3), vmin=0, vmax=1, interpolation="nearest")
+            axes.imshow(
+                rows[row, column].permute(1, 2, 0).expand(-1, -1, 3).numpy(), vmin=0, vmax=1, interpolation="nearest"
+            )
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)

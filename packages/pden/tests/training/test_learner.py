@@ -44,5 +44,5 @@ def test_averages_are_what_they_say():
         torch.nn.init.constant_(module.weight, value)
         ema.update_parameters(module)
         uniform.update_parameters(module)
-    assert float(uniform.module.weight) == pytest.approx(7 / 3)
-    assert float(ema.module.weight) == pytest.approx(((1 + 2) / 2 + 4) / 2)
+    assert uniform.module.weight.item() == pytest.approx(7 / 3)
+    assert ema.module.weight.item() == pytest.approx(((1 + 2) / 2 + 4) / 2)

@@ -1,4 +1,4 @@
-"""Baselines in the same harness: each says what a step's loss is, and may add images to the pool at a round's start."""
+"""Baselines in the same harness: each says what a step's loss is, and may add images to the pool."""
 
 from __future__ import annotations
 

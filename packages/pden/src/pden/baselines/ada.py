@@ -8,35 +8,36 @@ from torch import Tensor
 
 from pden.baselines.erm import Erm
 from pden.models import TaskModel
-from pden.training.stream import Stream
 
 _CHUNK = 256
 
 
 class Ada(Erm):
-    """At the start of each of the first rounds the pool grows by an adversarial copy of the source.
+    """Early in training, while the loss still has a slope, the pool grows by adversarial copies of the source.
 
     Args:
-        phases: rounds that do so.
+        growth: steps before which it does so; after 100, 200 and 300 steps by default.
         steps: of gradient ascent on the pixels.
         lr: of those, per image, with pixels in [-1, 1].
         gamma: weight of the squared distance to the source's features.
         eta: weight of the predictions' entropy; ME-ADA sets it.
     """
 
-    def __init__(self, phases: int = 3, steps: int = 15, lr: float = 1.0, gamma: float = 1.0, eta: float = 0.0) -> None:
-        self.phases, self.steps, self.lr, self.gamma, self.eta = phases, steps, lr, gamma, eta
+    def __init__(
+        self,
+        growth: tuple[int, ...] = (100, 200, 300),
+        steps: int = 15,
+        lr: float = 1.0,
+        gamma: float = 1.0,
+        eta: float = 0.0,
+    ) -> None:
+        self.growth, self.steps, self.lr, self.gamma, self.eta = growth, steps, lr, gamma, eta
 
-    def grow(
-        self, model: TaskModel, images: Tensor, labels: Tensor, round: int, stream: Stream
-    ) -> tuple[Tensor, Tensor] | None:
-        if round > self.phases:
-            return None
+    def grow(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
         model.eval()
         parts = zip(torch.split(images, _CHUNK), torch.split(labels, _CHUNK), strict=True)
         made = [self.worst(model, part.float() / 255, answer) for part, answer in parts]
-        model.train()
-        return torch.cat([(each * 255).round().to(torch.uint8) for each in made]), labels
+        return torch.cat([(each * 255).round().to(torch.uint8) for each in made])
 
     def worst(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
         """Images in [0, 1] moved up the loss; the model must be in eval mode."""

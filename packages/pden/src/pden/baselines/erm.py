@@ -10,7 +10,13 @@ from pden.training.stream import Stream
 
 
 class Erm:
-    """A method that learns from the source by one loss per step."""
+    """A method that learns from the source by one loss per step.
+
+    Attributes:
+        growth: steps of the run before which the training pool grows.
+    """
+
+    growth: tuple[int, ...] = ()
 
     def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
         """What a step minimises.
@@ -21,13 +27,10 @@ class Erm:
         """
         return safety_loss(model(images), labels)
 
-    def grow(
-        self, model: TaskModel, images: Tensor, labels: Tensor, round: int, stream: Stream
-    ) -> tuple[Tensor, Tensor] | None:
-        """Images that join the pool at the start of a round, with their labels; None adds nothing.
+    def grow(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
+        """uint8 images that join the pool with these labels; called before each of the steps in `growth`.
 
         Args:
             images: all source images, uint8.
-            round: from 1.
         """
-        return None
+        raise NotImplementedError

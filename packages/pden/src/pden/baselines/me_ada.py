@@ -9,6 +9,11 @@ class MeAda(Ada):
     """ADA with an entropy term."""
 
     def __init__(
-        self, phases: int = 3, steps: int = 15, lr: float = 1.0, gamma: float = 1.0, eta: float = 10.0
+        self,
+        growth: tuple[int, ...] = (100, 200, 300),
+        steps: int = 15,
+        lr: float = 1.0,
+        gamma: float = 1.0,
+        eta: float = 10.0,
     ) -> None:
-        super().__init__(phases, steps, lr, gamma, eta)
+        super().__init__(growth, steps, lr, gamma, eta)

@@ -28,9 +28,8 @@ def _equalize(images: Tensor, strength: Tensor) -> Tensor:
     counts = torch.zeros(*flat.shape[:2], 256, device=images.device).scatter_add_(
         2, flat, torch.ones_like(flat).float()
     )
-    ranks = counts.cumsum(dim=2)
-    first = ranks.gather(2, flat.amin(dim=2, keepdim=True))
-    scaled = (ranks - first) / (flat.shape[2] - first).clamp(min=1)
+    below = counts.cumsum(dim=2) - counts
+    scaled = below / below.gather(2, flat.amax(dim=2, keepdim=True)).clamp(min=1)
     same = flat.amax(dim=2) == flat.amin(dim=2)
     return torch.where(same[..., None, None], images, scaled.gather(2, flat).view_as(images).clamp(0, 1))
 

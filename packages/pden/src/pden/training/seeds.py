@@ -65,7 +65,7 @@ def _figures(results: Sequence[dict[str, Any]], selection: str) -> dict[str, Any
 
 
 def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
-    """Run all commands, `jobs` at a time; their output goes on to ours."""
+    """Run all commands, `jobs` at a time; their messages go on to ours."""
     waiting, failed = list(commands), 0
     running: list[subprocess.Popen[bytes]] = []
     with progress() as bar:
@@ -73,7 +73,7 @@ def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running.append(subprocess.Popen(waiting.pop(0), stdout=sys.stderr))
+                    running.append(subprocess.Popen(waiting.pop(0), stdout=subprocess.DEVNULL))
                 ended = [process for process in running if process.poll() is not None]
                 running = [process for process in running if process.poll() is None]
                 failed += sum(process.returncode != 0 for process in ended)

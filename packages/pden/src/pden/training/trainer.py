@@ -147,6 +147,8 @@ class Trainer:
         return (clock.round - 1 + clock.step / config.round_steps) / max(1, config.rounds)
 
     def _plain_step(self, size: int, stream: Stream, progress: float) -> None:
+        if self.clock.total in self.baseline.growth:
+            self._grow()
         images, labels = self._batch(size, stream)
         self.task.train()
         with autocast(self.device, self.dtype):
@@ -192,6 +194,12 @@ class Trainer:
             images, labels = crop_flip(images, labels, stream.torch)
         return images, labels
 
+    def _grow(self) -> None:
+        """The baseline's own images join the pool."""
+        added = self.baseline.grow(self.task, self.source.images, self.source.labels)
+        images, labels = self.grown or (self.source.images[:0], self.source.labels[:0])
+        self.grown = (torch.cat([images, added]), torch.cat([labels, self.source.labels]))
+
     def _advance(self) -> Event:
         """Move the clock on where a stage, a domain or a round has ended."""
         config, clock = self.config, self.clock
@@ -225,12 +233,6 @@ class Trainer:
             if attempt == 0 and self.config.gate.mode == "on":
                 self.snapshot = copy.deepcopy(self.task_state())
             self.new_expansion()
-            return
-        stream = Stream(self.device, self.config.seed, "grow", number)
-        added = self.baseline.grow(self.task, self.source.images, self.source.labels, number, stream)
-        if added is not None:
-            before = self.grown or (self.source.images[:0], self.source.labels[:0])
-            self.grown = (torch.cat([before[0], added[0]]), torch.cat([before[1], added[1]]))
 
     def _pass_gate(self) -> bool:
         """Judge the running domain; False where it was refused, and the clock set to what comes next."""
