@@ -142,6 +142,18 @@ def test_masks_go_with_images_by_name(tmp_path):
         load_masks(tmp_path / "images", tmp_path / "masks", "m", ("x", "y"))
 
 
+@pytest.mark.parametrize("names", [None, "road\nsky\n"])
+def test_a_folder_of_images_and_masks_is_a_segmentation_domain(names, tmp_path):
+    write_folder(tmp_path, {"images/a.jpg": (32, 24)})
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.tile(np.array([0, 0, 1, 1], dtype=np.uint8), (24, 8))).save(tmp_path / "masks" / "a.png")
+    if names is not None:
+        (tmp_path / "classes.txt").write_text(names)
+    domain = load_domain(f"streets={tmp_path}", HOME, size=12)
+    assert domain.images.shape == (1, 3, 12, 16) and domain.labels.shape == (1, 12, 16)
+    assert domain.classes == (("0", "1") if names is None else ("road", "sky")) and domain.present == [0, 1]
+
+
 def test_unknown_domains_name_the_nearest():
     with pytest.raises(UsageError, match='did you mean "mnist-m"'):
         load_domain("mnist_m", HOME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,3 +101,20 @@ def load_masks(folder: Path, masks: Path, name: str, classes: tuple[str, ...], v
     if not images:
         raise UsageError(f"{folder} has no images")
     return Domain(name, torch.stack(images), torch.stack(labels), classes)
+
+
+def load_mask_folder(folder: Path, name: str) -> Domain:
+    """A segmentation domain from `images/`, `masks/` (pixels are labels, 255 does not count) and, if there is one,
+    `classes.txt` with a name on each line.
+
+    Raises:
+        UsageError: see `load_masks`.
+    """
+    listing = folder / "classes.txt"
+    if listing.is_file():
+        lines = listing.read_text(encoding="utf-8").splitlines()
+        return load_masks(
+            folder / "images", folder / "masks", name, tuple(line.strip() for line in lines if line.strip())
+        )
+    found = load_masks(folder / "images", folder / "masks", name, tuple(str(each) for each in range(255)))
+    return replace(found, classes=tuple(str(each) for each in range(max(found.present, default=0) + 1)))

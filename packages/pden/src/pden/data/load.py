@@ -11,7 +11,7 @@ from expkit.errors import UsageError
 from pden.data import cifar, digits, embedded, scenes
 from pden.data.arrays import load_arrays
 from pden.data.domain import Domain
-from pden.data.folder import load_folder
+from pden.data.folder import load_folder, load_mask_folder
 from pden.data.home import Home
 
 
@@ -35,8 +35,8 @@ def load_domain(text: str, home: Home, *, size: int = 32, channels: int = 3) -> 
     """The domain called `text`, at `size` pixels (0: as it is) with `channels` channels.
 
     Args:
-        text: a name of `domain_names`, `pacs/DOMAIN`, `cifar10-c/CORRUPTION/LEVEL`, a folder of class folders, or
-            `FILE.npz#x_key,y_key`; `NAME=` before it names it in reports.
+        text: a name of `domain_names`, `pacs/DOMAIN`, `cifar10-c/CORRUPTION/LEVEL`, a folder of class folders, a
+            folder of `images/` and `masks/`, or `FILE.npz#x_key,y_key`; `NAME=` before it names it in reports.
 
     Raises:
         UsageError: nothing is called so; or what the loader of its kind raises.
@@ -60,6 +60,8 @@ def _load(spec: str, name: str, home: Home, size: int, channels: int) -> Domain:
         return cifar.load_cifar(spec, home)
     if spec.split("/")[0] in scenes.NAMES:
         return scenes.load_scenes(spec, home, size, channels)
+    if (Path(spec) / "images").is_dir() and (Path(spec) / "masks").is_dir():
+        return load_mask_folder(Path(spec), name)
     if Path(spec).is_dir():
         return load_folder(Path(spec), name, size, channels)
     near = difflib.get_close_matches(spec, domain_names(), 1, 0.5)
