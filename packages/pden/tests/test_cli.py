@@ -216,15 +216,3 @@ def test_help_is_quick():
         times.append(time.perf_counter() - started)
     assert "demo" in shown.stdout
     assert min(times) < 2.0
-
-
-@pytest.mark.slow
-def test_the_demo_compares_erm_and_pden(tmp_path):
-    out = tmp_path / "out.json"
-    assert run("demo", "--rounds", 1, "--out", tmp_path / "demo", "--json", out) == 0
-    found = json.loads(out.read_text())
-    assert set(found["methods"]) == {"erm", "pden"}
-    for method in found["methods"].values():
-        assert len(method["targets"]) == 5
-        assert method["average"] == pytest.approx(sum(method["targets"].values()) / 5)
-    assert (tmp_path / "demo" / "gallery.png").is_file() and (tmp_path / "demo" / "chart.png").is_file()
