@@ -13,17 +13,7 @@ from expkit.errors import UsageError
 from pden.baselines import BASELINES, Ada, AugMix, MeAda, RandAugment, RandConv, build_baseline
 from pden.baselines.ada import entropy
 from pden.baselines.augmix import jensen_shannon
-from pden.baselines.operations import (
-    OPERATIONS,
-    _autocontrast,
-    _equalize,
-    _posterize,
-    _rotate,
-    _solarize,
-    _translate_x,
-    dirichlet,
-    random_operation,
-)
+from pden.baselines.operations import NAMES, dirichlet, operate, random_operation
 from pden.models import build_model
 from pden.training.stream import Stream
 from tiny import finish, tiny_domain, tiny_trainer, weights
@@ -36,8 +26,9 @@ def pictures(seed: int = 0) -> torch.Tensor:
     return (draw * 200 + 20).round() / 255
 
 
-def strength(value: float) -> torch.Tensor:
-    return torch.full((3, 1, 1, 1), value)
+def apply(name: str, images: torch.Tensor, strength: float) -> torch.Tensor:
+    count = len(images)
+    return operate(images, torch.full((count,), NAMES.index(name)), torch.full((count,), strength))
 
 
 def pillow(images: torch.Tensor, function) -> torch.Tensor:
@@ -106,9 +97,10 @@ def test_jensen_shannon_is_the_naive_one():
 
 def test_augmix_stays_in_range_and_mixes_by_image():
     images = pictures()
-    made = AugMix().mixed(images, Stream(CPU, 1))
-    assert made.shape == images.shape and made.min() >= -1e-6 and made.max() <= 1 + 1e-6
-    assert torch.equal(made, AugMix().mixed(images, Stream(CPU, 1)))
+    made = AugMix().mixed(images, 2, Stream(CPU, 1))
+    assert made.shape == (2, *images.shape) and not torch.equal(made[0], made[1])
+    assert made.min() >= -1e-6 and made.max() <= 1 + 1e-6
+    assert torch.equal(made, AugMix().mixed(images, 2, Stream(CPU, 1)))
 
 
 def test_dirichlet_weights_sum_to_one():
@@ -131,32 +123,37 @@ def test_randaugment_without_magnitude_changes_no_geometry():
     assert torch.isfinite(RandAugment(magnitude=0.0).loss(model, images, labels, Stream(CPU, 0)))
 
 
-def test_operations_are_pillows():
-    images = pictures()
-    assert torch.allclose(_autocontrast(images, strength(0.5)), pillow(images, ImageOps.autocontrast), atol=0.01)
-    large = torch.rand(3, 3, 64, 64).square().mul(255).round() / 255
-    assert torch.allclose(_equalize(large, strength(0.5)), pillow(large, ImageOps.equalize), atol=0.03)
-    assert torch.allclose(
-        _posterize(images, strength(0.5)), pillow(images, lambda each: ImageOps.posterize(each, 6)), atol=1e-3
-    )
-    assert torch.allclose(
-        _solarize(images, strength(0.5)), pillow(images, lambda each: ImageOps.solarize(each, 128)), atol=0.01
-    )
+@pytest.mark.parametrize(
+    ("name", "function", "within"),
+    [
+        ("autocontrast", ImageOps.autocontrast, 0.01),
+        ("equalize", ImageOps.equalize, 0.03),
+        ("posterize", lambda each: ImageOps.posterize(each, 6), 0.001),
+        ("solarize", lambda each: ImageOps.solarize(each, 128), 0.01),
+    ],
+)
+def test_photometric_operations_are_pillows(name, function, within):
+    images = torch.rand(3, 3, 64, 64).square().mul(200).round() / 255
+    assert torch.allclose(apply(name, images, 0.5), pillow(images, function), atol=within)
 
 
 def test_geometric_operations_move_as_far_as_they_say():
     image = torch.zeros(3, 1, 12, 12)
     image[:, :, 5, 2] = 1
-    moved = _translate_x(image, strength(-0.5))  # a sixth of the image: two pixels
+    moved = apply("translate_x", image, -0.5)  # a sixth of the image: two pixels
     assert moved[0, 0, 5, 4] == pytest.approx(1, abs=1e-4)
-    turned = _rotate(_rotate(pictures(), strength(1.0)), strength(-1.0))
-    assert (turned - pictures())[:, :, 6:10, 6:10].abs().mean() < 0.2
+    smooth = torch.linspace(0, 1, 16).expand(2, 1, 16, 16)
+    turned = apply("rotate", smooth, 1.0)[0, 0]
+    slope = (turned[8, 9] - turned[8, 8], turned[9, 8] - turned[8, 8])
+    assert math.degrees(math.atan2(-float(slope[1]), float(slope[0]))) == pytest.approx(30, abs=0.1)
+    sheared = apply("shear_y", smooth.mT, 1.0)[0, 0]
+    assert float((sheared[8, 9] - sheared[8, 8]) / (sheared[9, 8] - sheared[8, 8])) == pytest.approx(0.3, abs=1e-3)
 
 
 def test_each_image_gets_an_operation_of_its_own():
     images = pictures()[:1].expand(64, -1, -1, -1)
     made = random_operation(images, 0.8, torch.Generator().manual_seed(0))
-    assert len({each.numpy().tobytes() for each in made}) > len(OPERATIONS)
+    assert len({each.numpy().tobytes() for each in made}) > len(NAMES)
     assert made.min() >= 0 and made.max() <= 1
 
 

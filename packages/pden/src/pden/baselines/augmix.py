@@ -24,23 +24,23 @@ class AugMix(Erm):
     def __init__(self, chains: int = 3, depth: int = 3, magnitude: float = 0.3, weight: float = 12.0) -> None:
         self.chains, self.depth, self.magnitude, self.weight = chains, depth, magnitude, weight
 
-    def mixed(self, images: Tensor, stream: Stream) -> Tensor:
-        """One AugMix view of a batch."""
-        rng, count = stream.torch, len(images)
-        weights = dirichlet(count, self.chains, rng, images.device)
-        total = torch.zeros_like(images)
-        for chain in range(self.chains):
-            lengths = torch.randint(1, self.depth + 1, (count, 1, 1, 1), generator=rng, device=images.device)
-            changed = images
-            for step in range(self.depth):
-                changed = torch.where(lengths > step, random_operation(changed, self.magnitude, rng), changed)
-            total = total + weights[:, chain, None, None, None] * changed
-        share = torch.rand(count, 1, 1, 1, generator=rng, device=images.device)  # Beta(1, 1)
+    def mixed(self, images: Tensor, views: int, stream: Stream) -> Tensor:
+        """AugMix views of a batch, ``(views, batch, channels, height, width)``; all chains run side by side."""
+        rng, count, chains = stream.torch, len(images), views * self.chains
+        changed = images.repeat(chains, 1, 1, 1)
+        lengths = torch.randint(1, self.depth + 1, (len(changed), 1, 1, 1), generator=rng, device=images.device)
+        for step in range(self.depth):
+            changed = torch.where(lengths > step, random_operation(changed, self.magnitude, rng), changed)
+        weights = dirichlet(views * count, self.chains, rng, images.device).T.reshape(
+            self.chains, views, count, 1, 1, 1
+        )
+        total = (weights * torch.unflatten(changed, 0, (self.chains, views, count))).sum(dim=0)
+        share = torch.rand(views, count, 1, 1, 1, generator=rng, device=images.device)  # Beta(1, 1)
         return share * images + (1 - share) * total
 
     def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
-        views = torch.cat([images, self.mixed(images, stream), self.mixed(images, stream)])
-        logits = model(views).float().unflatten(0, (3, -1))
+        views = torch.cat([images[None], self.mixed(images, 2, stream)])
+        logits = model(views.flatten(0, 1)).float().unflatten(0, (3, -1))
         return safety_loss(logits[0], labels) + self.weight * jensen_shannon(logits)
 
 

@@ -1,7 +1,7 @@
 """Image operations on whole batches, a random one for each image (torchvision's draw one for a whole batch).
 
-All take images in [0, 1], ``(batch, channels, height, width)``, and a strength ``(batch, 1, 1, 1)`` in [-1, 1], whose
-sign is that of the change. Ranges are those of AugMix: 30 degrees, a shear of 0.3, a third of the image.
+Ranges are those of AugMix at full strength: 30 degrees, a shear of 0.3, a third of the image, 4 bits. The five
+geometric operations are one affine map, and choices are made by masks: nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -13,95 +13,81 @@ from torch import Tensor
 
 from pden.generators.geometric import warp
 
-Operation = Callable[[Tensor, Tensor], Tensor]
+GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 
 
-def _autocontrast(images: Tensor, strength: Tensor) -> Tensor:
+def autocontrast(images: Tensor, strength: Tensor) -> Tensor:
+    """Each channel from 0 to 1; it has no strength."""
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
     return torch.where(high > low, (images - low) / (high - low).clamp(min=1e-6), images)
 
 
-def _equalize(images: Tensor, strength: Tensor) -> Tensor:
-    """Each channel's grey levels become their ranks."""
-    levels = (images * 255).round().long()
-    flat = levels.flatten(2)
+def equalize(images: Tensor, strength: Tensor) -> Tensor:
+    """Each channel's grey levels become their ranks; it has no strength."""
+    flat = (images * 255).round().long().flatten(2)
     counts = torch.zeros(*flat.shape[:2], 256, device=images.device).scatter_add_(
-        2, flat, torch.ones_like(flat).float()
+        2, flat, torch.ones_like(images).flatten(2)
     )
     below = counts.cumsum(dim=2) - counts
-    scaled = below / below.gather(2, flat.amax(dim=2, keepdim=True)).clamp(min=1)
-    same = flat.amax(dim=2) == flat.amin(dim=2)
-    return torch.where(same[..., None, None], images, scaled.gather(2, flat).view_as(images).clamp(0, 1))
+    most = below.gather(2, flat.amax(dim=2, keepdim=True))
+    return torch.where(most[..., None] > 0, (below / most.clamp(min=1)).gather(2, flat).view_as(images), images)
 
 
-def _posterize(images: Tensor, strength: Tensor) -> Tensor:
+def posterize(images: Tensor, strength: Tensor) -> Tensor:
+    """Fewer bits: 4 of 8 at full strength."""
     step = 2.0 ** (strength.abs() * 4).round()
     return ((images * 255).round() / step).floor() * step / 255
 
 
-def _solarize(images: Tensor, strength: Tensor) -> Tensor:
+def solarize(images: Tensor, strength: Tensor) -> Tensor:
+    """Negatives of what is brighter than 1 - strength."""
     return torch.where(images >= 1 - strength.abs(), 1 - images, images)
 
 
-def _affine(
-    images: Tensor,
-    angle: Tensor | float = 0.0,
-    shear: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
-    shift: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
-) -> Tensor:
-    zero = torch.zeros(len(images), device=images.device)
-    turn = zero + angle
-    top = torch.stack([turn.cos(), shear[0] - turn.sin(), zero + shift[0]], dim=1)
-    bottom = torch.stack([turn.sin() + shear[1], turn.cos(), zero + shift[1]], dim=1)
-    return warp(images, torch.stack([top, bottom], dim=1))
+PHOTOMETRIC: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (autocontrast, equalize, posterize, solarize)
+NAMES = (*(each.__name__ for each in PHOTOMETRIC), *GEOMETRIC)
 
 
-def _rotate(images: Tensor, strength: Tensor) -> Tensor:
-    return _affine(images, angle=strength.flatten() * torch.pi / 6)
+def affine_maps(kinds: Tensor, strength: Tensor) -> Tensor:
+    """The map of each image's geometric operation, ``(batch, 2, 3)``; the identity for a photometric one.
 
+    Args:
+        kinds: indices of `NAMES`, ``(batch,)``.
+        strength: in [-1, 1], ``(batch,)``.
+    """
 
-def _shear_x(images: Tensor, strength: Tensor) -> Tensor:
-    return _affine(images, shear=(strength.flatten() * 0.3, 0.0))
+    def amount(name: str, most: float) -> Tensor:
+        return torch.where(kinds == NAMES.index(name), strength * most, 0.0)
 
-
-def _shear_y(images: Tensor, strength: Tensor) -> Tensor:
-    return _affine(images, shear=(0.0, strength.flatten() * 0.3))
-
-
-def _translate_x(images: Tensor, strength: Tensor) -> Tensor:
-    return _affine(images, shift=(strength.flatten() * 2 / 3, 0.0))
-
-
-def _translate_y(images: Tensor, strength: Tensor) -> Tensor:
-    return _affine(images, shift=(0.0, strength.flatten() * 2 / 3))
-
-
-OPERATIONS: tuple[Operation, ...] = (
-    _autocontrast,
-    _equalize,
-    _posterize,
-    _rotate,
-    _solarize,
-    _shear_x,
-    _shear_y,
-    _translate_x,
-    _translate_y,
-)
+    turn = amount("rotate", torch.pi / 6)
+    top = torch.stack([turn.cos(), amount("shear_x", 0.3) - turn.sin(), amount("translate_x", 2 / 3)], dim=1)
+    bottom = torch.stack([turn.sin() + amount("shear_y", 0.3), turn.cos(), amount("translate_y", 2 / 3)], dim=1)
+    return torch.stack([top, bottom], dim=1)
 
 
 @torch.no_grad()
-def random_operation(images: Tensor, magnitude: float, rng: torch.Generator) -> Tensor:
-    """A random operation for each image, of a random sign and a strength up to `magnitude`.
+def operate(images: Tensor, kinds: Tensor, strength: Tensor) -> Tensor:
+    """One operation on each image.
 
-    Every operation sees the whole batch and the choice is made by masks, so nothing waits for the device.
+    Args:
+        images: in [0, 1], ``(batch, channels, height, width)``.
+        kinds: indices of `NAMES`, ``(batch,)``.
+        strength: in [-1, 1], ``(batch,)``; its sign is that of the change.
     """
-    count, device = len(images), images.device
-    chosen = torch.randint(len(OPERATIONS), (count, 1, 1, 1), generator=rng, device=device)
-    strength = (torch.rand(count, 1, 1, 1, generator=rng, device=device) * 2 - 1) * magnitude
-    changed = images
-    for number, operation in enumerate(OPERATIONS):
-        changed = torch.where(chosen == number, operation(images, strength), changed)
+    chosen, amounts = kinds[:, None, None, None], strength[:, None, None, None]
+    moved = warp(images, affine_maps(kinds, strength))
+    changed = torch.where(chosen >= len(PHOTOMETRIC), moved, images)
+    for number, operation in enumerate(PHOTOMETRIC):
+        changed = torch.where(chosen == number, operation(images, amounts), changed)
     return changed
+
+
+def random_operation(images: Tensor, magnitude: float, rng: torch.Generator) -> Tensor:
+    """A random operation for each image, of a random sign and a strength up to `magnitude`."""
+    count, device = len(images), images.device
+    kinds = torch.randint(len(NAMES), (count,), generator=rng, device=device)
+    strength = (torch.rand(count, generator=rng, device=device) * 2 - 1) * magnitude
+    return operate(images, kinds, strength)
 
 
 def dirichlet(count: int, size: int, rng: torch.Generator, device: torch.device) -> Tensor:

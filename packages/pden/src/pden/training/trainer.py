@@ -13,6 +13,7 @@ uninterrupted one to the bit (on CUDA as far as its kernels do). Processes under
 from __future__ import annotations
 
 import copy
+import math
 import time
 from typing import Any, Literal
 
@@ -91,8 +92,7 @@ class Trainer:
         self.best, self.clock = Best(), Clock()
         self.grown: tuple[Tensor, Tensor] | None = None
         self.snapshot: dict[str, Any] | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         self._mark = time.perf_counter()
 
     @property
@@ -318,10 +318,10 @@ class Trainer:
             self.average.load_state_dict(state["average"])
 
     def _note(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            held = self._sums.get(name)
-            self._sums[name] = value.detach().float() if held is None else held + value.detach()
-            self._counts[name] = self._counts.get(name, 0) + 1
+        """Add a step's losses up, as one tensor for each set of names."""
+        names, row = tuple(values), torch.stack([value.detach().float() for value in values.values()])
+        total, count = self._sums.get(names, (None, 0))
+        self._sums[names] = (row if total is None else total + row, count + 1)
 
     def take_metrics(self) -> dict[str, float]:
         """Means of this process's losses since the last call.
@@ -329,9 +329,11 @@ class Trainer:
         Raises:
             RuntimeError: one is not finite.
         """
-        found = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        broken = [name for name, value in found.items() if not abs(value) < float("inf")]
+        found: dict[str, float] = {}
+        for names, (total, count) in self._sums.items():
+            found.update(zip(names, (total / count).tolist(), strict=True))
+        self._sums = {}
+        broken = [name for name, value in found.items() if not math.isfinite(value)]
         if broken:
             raise RuntimeError(f"{broken[0]} is not finite at step {self.clock.total}; lower the learning rate")
         return found
