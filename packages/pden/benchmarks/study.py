@@ -13,8 +13,8 @@ Where one command may not run for long, give `--minutes 9` and repeat it: runs g
 
 Durations foreseen for an H200, from kernel counts, before any was measured: a digits step of PDEN is 6 ms while the
 generator learns and 3 ms after, so 65,000 steps alone take 5 minutes, and five at once 10 to 12; ERM 1.5 minutes,
-RandConv 2, ME-ADA 2, AugMix 10 (five at once 15); an ablation of 35,500 steps 3 minutes alone, and all 20 of them,
-six at once, 22 minutes; CIFAR-10 10 to 15 minutes each, three at once.
+RandConv 2, ME-ADA 2, AugMix 10 (five at once 15); an ablation of 35,500 steps 3 minutes alone, and all 22 of them,
+seven at once, 22 minutes; CIFAR-10 10 to 15 minutes each, three at once.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-diversity": ("--set", "loss.diversity=0.0"),
     "no-cycle": ("--set", "loss.cycle=0.0"),
     "no-adversarial": ("--set", "loss.adversarial=0.0"),
+    "adversarial-1": ("--set", "loss.adversarial=1.0"),
     "no-contrast": ("--set", "loss.contrast=none"),
     "supervised": ("--set", "loss.contrast=supervised"),
     "barlow": ("--set", "loss.contrast=barlow", "--set", "loss.contrast_weight=0.02"),

@@ -96,7 +96,8 @@ class LossConfig:
     Attributes:
         safety, diversity, cycle, adversarial: of the generator's losses; 0 leaves one out.
         diversity_limit: beyond which two draws need not differ more.
-        contrast: of the task model across views: none, instance, supervised, barlow.
+        contrast: of the task model across views: none, instance, supervised, barlow. Adversarial contrast feeds on
+            embeddings that tell images apart, which supervised contrast works against.
         contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
         temperature: of both contrasts.
         off_diagonal: of Barlow Twins.
@@ -107,8 +108,8 @@ class LossConfig:
     diversity: float = 2.0
     diversity_limit: float = 0.5
     cycle: float = 20.0
-    adversarial: float = 0.1
-    contrast: Literal["none", "instance", "supervised", "barlow"] = "supervised"
+    adversarial: float = 1.0
+    contrast: Literal["none", "instance", "supervised", "barlow"] = "instance"
     contrast_weight: float = 1.0
     temperature: float = 0.07
     off_diagonal: float = 0.005
