@@ -70,6 +70,6 @@ def save_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path,
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=min(len(rows), 5), loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.legend(frameon=False, fontsize=8, ncols=min(len(rows), 6), loc="outside lower center")
     with atomic_path(path) as aside:
         figure.savefig(aside, format="png", dpi=150)

@@ -58,7 +58,7 @@ class Trainer:
         average: its averaged weights, or None.
         pool: generators of the accepted domains, frozen.
         best: selected on the validation images, by round.
-        events: of the last step: what it brought to an end.
+        clock: where the run stands.
 
     Raises:
         UsageError: source and validation do not fit each other or the model.
