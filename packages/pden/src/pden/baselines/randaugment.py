@@ -1,0 +1,26 @@
+"""ERM + RandAugment (Cubuk et al., 2020): n random operations of one magnitude on each image."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pden.baselines.erm import Erm
+from pden.baselines.operations import random_operation
+from pden.losses import safety_loss
+from pden.models import TaskModel
+from pden.training.stream import Stream
+
+
+class RandAugment(Erm):
+    """Args:
+    count: operations in a row (n).
+    magnitude: of each (m), 0 to 1; 0.3 is 9 of 30.
+    """
+
+    def __init__(self, count: int = 2, magnitude: float = 0.3) -> None:
+        self.count, self.magnitude = count, magnitude
+
+    def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
+        for _ in range(self.count):
+            images = random_operation(images, self.magnitude, stream.torch)
+        return safety_loss(model(images), labels)

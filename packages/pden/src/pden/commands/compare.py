@@ -1,0 +1,46 @@
+"""`pden compare`: methods x targets, over seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pden.commands import options
+
+
+def run(
+    results: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or their JSON files.")],
+    selection: Annotated[str, typer.Option(help="last, averaged, source-validation or oracle.")] = "last",
+    out: Annotated[list[Path] | None, typer.Option(help="Write the table: .md, .csv or .tex. May be repeated.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG).")] = None,
+    json: options.Json = None,
+) -> None:
+    """A table of runs: those that differ in their seed alone become one row with mean and spread."""
+    from expkit.checkpoint import write_json, write_text
+    from expkit.rundir import evidence
+    from pden.evaluation import table
+    from pden.evaluation.chart import save_bars
+
+    record = evidence()
+    found = [table.read_result(path) for path in results]
+    groups = table.group(found)
+    rows = table.summarise(groups, selection)
+    texts = {path: table.render(rows, path) for path in out or []}
+    typer.echo(table.markdown(rows))
+    seeds = {label: sorted(each["seed"] for each in runs) for label, runs in groups.items()}
+    typer.echo(f"selection: {selection}; seeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}")
+    for path, text in texts.items():
+        write_text(path, text)
+    if plot is not None:
+        save_bars(rows, plot, title=f"selection: {selection}")
+    if json is not None:
+        methods = {
+            label: {
+                "seeds": seeds[label],
+                "targets": {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()},
+            }
+            for label, row in rows.items()
+        }
+        write_json(json, {**record, "selection": selection, "methods": methods})

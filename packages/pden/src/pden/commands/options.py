@@ -1,0 +1,54 @@
+"""Options that several verbs share, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from expkit.errors import UsageError
+
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+Selection = Annotated[str, typer.Option(help="Which weights: last, averaged or source-validation.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where data sets are looked for first; then EXPKIT_DATA, then the cache.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
+Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(help="Domain to measure on: a name, a folder, FILE.npz#x,y, or NAME=one of these. May be repeated."),
+]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-3` as key and value; the value is read as TOML, or as a plain string where it is none.
+
+    Raises:
+        UsageError: there is no "=".
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`5` as five seeds from 0, `3,7` as these.
+
+    Raises:
+        UsageError: no such list.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdigit() for part in parts):
+        raise UsageError(f'--seeds "{text}": write a count (5) or seeds (0,1,2)')
+    seeds = list(range(int(parts[0]))) if len(parts) == 1 and "," not in text else [int(part) for part in parts]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f'--seeds "{text}": at least one seed, and none of them twice')
+    return seeds

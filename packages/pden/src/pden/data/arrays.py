@@ -1,0 +1,55 @@
+"""Arrays in one file: `FILE.npz#x_key,y_key`."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expkit.errors import UsageError
+from pden.data.domain import Domain, to_uint8
+
+
+def load_arrays(path: Path, images_key: str, labels_key: str, name: str) -> Domain:
+    """A domain from two arrays of an .npz file, which is read without unpickling.
+
+    Images are uint8 or floats in [0, 1], ``(count, height, width)`` with or without 1 or 3 channels at the end or
+    after the count; labels are integers, numbered from 0, one for each image or for each pixel (255: does not count).
+
+    Raises:
+        UsageError: no such file or key, or arrays of another form.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in (images_key, labels_key):
+                if key not in arrays.files:
+                    raise UsageError(f'{path} has no array "{key}"; it has {", ".join(arrays.files)}')
+            images, labels = arrays[images_key], arrays[labels_key]
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path} cannot be read as .npz: {error}") from None
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim not in (1, 3):
+        raise UsageError(
+            f'{path}: "{labels_key}" is {labels.dtype} of shape {labels.shape}; needed are integers (count,)'
+        )
+    numbers = torch.from_numpy(labels.astype(np.int64))
+    counted = numbers[numbers != 255] if numbers.dim() == 3 else numbers
+    count = int(counted.max()) + 1 if len(counted) else 0
+    return Domain(name, channels_first(images, str(path)), numbers, tuple(str(each) for each in range(count)))
+
+
+def channels_first(images: np.ndarray, name: str) -> Tensor:
+    """uint8 ``(count, channels, height, width)`` from an array with channels last, first, or none."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise UsageError(f"{name}: images of shape {images.shape}; needed are (count, height, width[, 1 or 3])")
+    return to_uint8(torch.from_numpy(np.ascontiguousarray(images)), name)

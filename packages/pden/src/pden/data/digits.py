@@ -1,0 +1,133 @@
+"""The digits data sets by their published formats: MNIST, USPS, SVHN, MNIST-M, SYN, and Chars74K's street digits.
+
+MNIST, USPS and SVHN come from torchvision, with its homes and checksums. MNIST-M and SYN have no lasting home: their
+files are read where they are. All of them may also come from one `digits.npz` (arrays `mnist_m_test_x`, ...).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+
+from expkit.errors import UsageError
+from pden.data.arrays import channels_first, load_arrays
+from pden.data.domain import Domain
+from pden.data.folder import read_image
+from pden.data.home import Home
+
+CLASSES = tuple(str(digit) for digit in range(10))
+# name: (arrays in digits.npz, what it is in torchvision or here)
+NAMES = {
+    "mnist10k": "mnist_train10k",
+    "mnist": "mnist_train",
+    "mnist-test": "mnist_test",
+    "usps": "usps_test",
+    "usps-train": "usps_train",
+    "svhn": "svhn_test",
+    "mnist-m": "mnist_m_test",
+    "syn": "syn_test",
+    "chars74k": "chars74k",
+}
+
+
+def load_digits(name: str, home: Home) -> Domain:
+    """One of `NAMES`: test parts unless the name says otherwise; `mnist10k` is the first 10,000 of MNIST's training.
+
+    Raises:
+        UsageError: it is nowhere and cannot be fetched; says what to put where.
+    """
+    packed = home.find("digits.npz", "digits/digits.npz")
+    key = NAMES[name]
+    if packed is not None:
+        with np.load(packed, allow_pickle=False) as arrays:
+            has = f"{key}_x" in arrays.files
+        if has:
+            return load_arrays(packed, f"{key}_x", f"{key}_y", name)
+    if name == "mnist-m":
+        images, labels = _mnist_m(home)
+    elif name == "syn":
+        images, labels = _syn(home)
+    elif name == "chars74k":
+        raise UsageError("chars74k: put digits.npz with chars74k_x and chars74k_y (32x32x3, uint8) into --data-dir")
+    else:
+        images, labels = _torchvision(name, home)
+    return Domain(name, images, labels, CLASSES)
+
+
+def _torchvision(name: str, home: Home) -> tuple[Tensor, Tensor]:
+    makers: dict[str, tuple[Any, dict[str, Any]]] = {
+        "mnist": (torchvision.datasets.MNIST, {"train": True}),
+        "mnist10k": (torchvision.datasets.MNIST, {"train": True}),
+        "mnist-test": (torchvision.datasets.MNIST, {"train": False}),
+        "usps": (torchvision.datasets.USPS, {"train": False}),
+        "usps-train": (torchvision.datasets.USPS, {"train": True}),
+        "svhn": (torchvision.datasets.SVHN, {"split": "test"}),
+    }
+    make, options = makers[name]
+    found: Any = None
+    for folder in home.folders:
+        for root in (folder, folder / name.split("-")[0], folder / "svhn"):
+            if found is None and root.is_dir():
+                try:
+                    found = make(str(root), download=False, **options)
+                except (RuntimeError, OSError):
+                    continue
+    if found is None:
+        found = _fetch(make, options, name, home)
+    images = found.data if isinstance(found.data, Tensor) else torch.from_numpy(np.ascontiguousarray(found.data))
+    labels = torch.as_tensor(np.asarray(found.labels if name == "svhn" else found.targets), dtype=torch.int64)
+    images = images if images.dim() == 4 else images[:, None]
+    return (images[:10_000], labels[:10_000]) if name == "mnist10k" else (images, labels)
+
+
+def _fetch(make: Any, options: dict[str, Any], name: str, home: Home) -> Any:
+    if not home.download:
+        raise UsageError(f"{name} is not in {', '.join(map(str, home.folders))}")
+    home.cache.mkdir(parents=True, exist_ok=True)
+    try:
+        return make(str(home.cache), download=True, **options)
+    except Exception as error:  # torchvision raises what its helpers raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{name} cannot be fetched ({reason}); put torchvision's files into --data-dir") from None
+
+
+def _mnist_m(home: Home) -> tuple[Tensor, Tensor]:
+    """Ganin's archive, unpacked: a folder of images and a text file of `name label` lines."""
+    folder = home.find("mnist_m/mnist_m_test", "mnist_m_test")
+    listing = home.find("mnist_m/mnist_m_test_labels.txt", "mnist_m_test_labels.txt")
+    if folder is None or listing is None:
+        raise UsageError(
+            "mnist-m has no lasting home on the web; unpack mnist_m.tar.gz (mnist_m/mnist_m_test/*.png and "
+            f"mnist_m/mnist_m_test_labels.txt) into {home.folders[0]}"
+        )
+    rows = [line.split() for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wrong = [row for row in rows if len(row) != 2 or not re.fullmatch(r"\d", row[1])]
+    if wrong:
+        raise UsageError(f"{listing}: {' '.join(wrong[0])!r} is not a file name and a digit")
+    images = torch.stack([read_image(folder / file) for file, _ in rows])
+    return images, torch.tensor([int(label) for _, label in rows])
+
+
+def _syn(home: Home) -> tuple[Tensor, Tensor]:
+    """Ganin's synthetic digits: `synth_test_32x32.mat` in SVHN's format."""
+    path = home.find("synth_test_32x32.mat", "syn/synth_test_32x32.mat", "SynthDigits/synth_test_32x32.mat")
+    if path is None:
+        raise UsageError(f"syn has no lasting home on the web; put synth_test_32x32.mat into {home.folders[0]}")
+    return read_mat(path)
+
+
+def read_mat(path: Path) -> tuple[Tensor, Tensor]:
+    """Images and labels of a MATLAB file of SVHN's format, in which the digit 0 has label 10."""
+    from scipy.io import loadmat
+
+    found = loadmat(path)
+    if "X" not in found or "y" not in found:
+        raise UsageError(f"{path} has no arrays X and y")
+    labels = torch.from_numpy(found["y"].reshape(-1).astype(np.int64))
+    return channels_first(found["X"].transpose(3, 0, 1, 2), str(path)), labels % 10

@@ -1,0 +1,160 @@
+"""A domain: images as uint8 in one tensor, labels beside them, so that a batch is one look-up on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expkit.errors import UsageError
+from pden.losses.safety import IGNORED
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Labelled images of one domain.
+
+    Attributes:
+        name: as reports show it.
+        images: uint8, ``(count, channels, height, width)``.
+        labels: int64, ``(count,)``, or ``(count, height, width)`` with 255 where a pixel does not count.
+        classes: their names; the labels are indices of this.
+        note: what a reader of its figures must know.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.images) == 0 or len(self.images) != len(self.labels):
+            raise UsageError(f"{self.name}: {len(self.images)} images and {len(self.labels)} labels")
+        counted = self.labels[self.labels != IGNORED] if self.dense else self.labels
+        if len(counted) and (counted.min() < 0 or counted.max() >= len(self.classes)):
+            wrong = int(counted.min() if counted.min() < 0 else counted.max())
+            raise UsageError(f"{self.name}: label {wrong} is out of range; there are {len(self.classes)} classes")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def dense(self) -> bool:
+        """Whether there is a label for each pixel."""
+        return self.labels.dim() == 3
+
+    @property
+    def present(self) -> list[int]:
+        """The classes that occur."""
+        return [int(each) for each in torch.unique(self.labels) if not (self.dense and each == IGNORED)]
+
+    def take(self, index: Tensor | slice) -> Domain:
+        """Some of the images."""
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> Domain:
+        """The same on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in [0, 1] and labels at these places."""
+        return self.images[index].float() / 255, self.labels[index]
+
+    def fitted(self, size: int, channels: int) -> Domain:
+        """Bilinear resize to `size` (0 leaves sizes alone), and grey copied to colour channels.
+
+        Raises:
+            UsageError: colour images where one channel is wanted.
+        """
+        images, labels = fit_images(self.images, size, channels, self.name), self.labels
+        if self.dense and size and labels.shape[-2:] != images.shape[-2:]:
+            labels = F.interpolate(labels[:, None].float(), images.shape[-2:], mode="nearest")[:, 0].long()
+        return replace(self, images=images, labels=labels)
+
+    def split(self, share: float, seed: int) -> tuple[Domain, Domain]:
+        """(the rest, a share held out); drawn per class where images have one label each.
+
+        Raises:
+            UsageError: a share that leaves one of the two empty.
+        """
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=rng)
+        held = torch.zeros(len(self), dtype=torch.bool)
+        groups = [order] if self.dense else [order[self.labels[order] == label] for label in self.present]
+        for group in groups:
+            held[group[: round(share * len(group))]] = True
+        if not 0 < int(held.sum()) < len(self):
+            raise UsageError(f"{self.name}: a validation share of {share} of {len(self)} images leaves a part empty")
+        return self.take(~held), self.take(held)
+
+
+def fit_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
+    """uint8 images ``(count, channels, height, width)`` at `size` pixels with `channels` channels.
+
+    `size` is the side; images that are not square keep their shape, and `size` is that of the shorter side.
+    """
+    if size and min(images.shape[-2:]) != size:
+        factor = size / min(images.shape[-2:])
+        shape = [round(side * factor) for side in images.shape[-2:]]
+        parts = [
+            F.interpolate(part.float(), shape, mode="bilinear", antialias=True) for part in torch.split(images, 4096)
+        ]
+        images = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] != 1:
+        raise UsageError(f"{name}: images of {images.shape[1]} channels; the model takes {channels}")
+    return images.expand(-1, channels, -1, -1).contiguous()
+
+
+def to_uint8(images: Tensor, name: str) -> Tensor:
+    """uint8 images from uint8 ones or floats in [0, 1].
+
+    Raises:
+        UsageError: pixels that are no numbers or out of [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[0, 0])
+        raise UsageError(f"{name}: image {bad} has pixels that are not numbers (nan or infinite)")
+    low, high = float(images.min()), float(images.max())
+    if low < 0 or high > 1:
+        raise UsageError(f"{name}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
+    return (images.float() * 255).round().to(torch.uint8)
+
+
+def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) -> Domain:
+    """Any map-style torch dataset of (image, label) as a domain in memory.
+
+    Args:
+        dataset: images are PIL images, uint8 tensors or floats in [0, 1], all of one size.
+        name: of the domain.
+        classes: their names; from the dataset's own `classes`, or numbered, where they are not given.
+
+    Raises:
+        UsageError: an empty dataset, or sizes that differ.
+    """
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    images, labels = [], []
+    for index in range(len(dataset)):
+        image, label = dataset[index]
+        tensor = image if isinstance(image, Tensor) else pil_to_tensor(image)
+        images.append(to_uint8(tensor, name))
+        labels.append(torch.as_tensor(label, dtype=torch.int64))
+    if not images:
+        raise UsageError(f"{name}: the dataset is empty")
+    for index, image in enumerate(images):
+        if image.shape != images[0].shape:
+            raise UsageError(
+                f"{name}: image {index} is {tuple(image.shape)}, the first is {tuple(images[0].shape)}; resize them"
+            )
+    stacked = torch.stack(labels)
+    found = classes or getattr(dataset, "classes", None) or [str(n) for n in range(int(stacked.max()) + 1)]
+    return Domain(name, torch.stack(images), stacked, tuple(str(each) for each in found))

@@ -1,0 +1,1 @@
+"""Accuracy on domains, selections by name, tables and charts."""

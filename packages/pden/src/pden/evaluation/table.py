@@ -1,0 +1,124 @@
+"""Methods x targets, mean and spread over seeds, as Markdown, CSV or LaTeX."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from expkit.errors import UsageError
+
+Cell = tuple[float, float]
+AVERAGE = "average"
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The figures of a finished run, from its folder or its JSON file.
+
+    Raises:
+        UsageError: no finished run, or a run that was measured on no target.
+    """
+    file = path / "result.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{path} is no finished run ({file} does not exist)")
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        has = any("targets" in each for each in found["selections"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{file} holds no figures of a run") from None
+    if not has:
+        raise UsageError(f"{path} was measured on no target; train it with --target")
+    return found
+
+
+def group(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs that differ in their seed alone, by label: the run's name without its `-seedN`."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        label = str(result["name"]).removesuffix(f"-seed{result['seed']}")
+        groups.setdefault(label, []).append(result)
+    return groups
+
+
+def summarise(groups: Mapping[str, Sequence[Mapping[str, Any]]], selection: str) -> dict[str, dict[str, Cell]]:
+    """Label -> target -> (mean, sample standard deviation over seeds), the targets' average last.
+
+    Raises:
+        UsageError: a run without this selection.
+    """
+    table: dict[str, dict[str, Cell]] = {}
+    for label, results in groups.items():
+        rows = []
+        for result in results:
+            chosen = result["selections"].get(selection)
+            if chosen is None or "targets" not in chosen:
+                raise UsageError(f'{result["name"]} has no figures for selection "{selection}"')
+            rows.append({**chosen["targets"], AVERAGE: chosen[AVERAGE]})
+        names = [name for name in rows[0] if all(name in row for row in rows)]
+        table[label] = {name: spread([row[name] for row in rows]) for name in names}
+    return table
+
+
+def spread(values: Sequence[float]) -> Cell:
+    """Mean and sample standard deviation; the latter is 0 for one value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def columns(table: Mapping[str, Mapping[str, Cell]]) -> list[str]:
+    """All targets in order of appearance, the average last."""
+    names = dict.fromkeys(name for row in table.values() for name in row if name != AVERAGE)
+    return [*names, AVERAGE]
+
+
+def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
+    """A Markdown table in percent."""
+    heads = columns(table)
+    lines = [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for label, row in table.items():
+        lines.append(f"| {label} | {' | '.join(_cell(row.get(head), '{:.2f} ± {:.2f}') for head in heads)} |")
+    return "\n".join(lines) + "\n"
+
+
+def csv(table: Mapping[str, Mapping[str, Cell]]) -> str:
+    """Comma-separated: method, target, mean, standard deviation, in percent."""
+    lines = ["method,target,mean,std"]
+    for label, row in table.items():
+        lines += [f'"{label}","{name}",{100 * mean:.4f},{100 * std:.4f}' for name, (mean, std) in row.items()]
+    return "\n".join(lines) + "\n"
+
+
+def latex(table: Mapping[str, Mapping[str, Cell]]) -> str:
+    """A LaTeX tabular (booktabs) in percent, the best mean of each column in bold."""
+    heads = columns(table)
+    best = {head: max((row[head][0] for row in table.values() if head in row), default=0.0) for head in heads}
+    lines = [rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule"]
+    lines += [" & ".join(["Method", *map(_escape, heads)]) + r" \\", r"\midrule"]
+    for label, row in table.items():
+        cells = []
+        for head in heads:
+            top = head in row and row[head][0] == best[head]
+            cells.append(_cell(row.get(head), r"\textbf{{{:.2f}}} $\pm$ {:.2f}" if top else r"{:.2f} $\pm$ {:.2f}"))
+        lines.append(" & ".join([_escape(label), *cells]) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def render(table: Mapping[str, Mapping[str, Cell]], path: Path) -> str:
+    """The table in the form that the file's suffix asks for: .md, .csv or .tex.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    forms = {".md": markdown, ".csv": csv, ".tex": latex}
+    if path.suffix not in forms:
+        raise UsageError(f"{path}: the table can be .md, .csv or .tex")
+    return forms[path.suffix](table)
+
+
+def _cell(cell: Cell | None, form: str) -> str:
+    return "-" if cell is None else form.format(100 * cell[0], 100 * cell[1])
+
+
+def _escape(text: str) -> str:
+    return "".join("\\" + each if each in "&%$#_{}" else each for each in text)

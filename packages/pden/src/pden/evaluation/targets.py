@@ -1,0 +1,59 @@
+"""The domains a run is measured on: loaded once, with the classes of the source, and never shown to training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from expkit.errors import UsageError
+from pden.data import Domain, Home, load_domain, parse_target
+from pden.data.cifar import expand_levels
+
+
+def load_targets(
+    specs: Sequence[str], source: str, classes: tuple[str, ...], home: Home, size: int, channels: int
+) -> list[Domain]:
+    """Targets with the labels of `classes`; CIFAR-10-C levels become one domain per corruption.
+
+    Raises:
+        UsageError: the source is among them, two have one name, or one has classes that the source lacks.
+    """
+    found: list[Domain] = []
+    for text in (each for spec in specs for each in expand_levels(spec)):
+        name, spec = parse_target(text)
+        if _place(spec) == _place(parse_target(source)[1]):
+            raise UsageError(f'target "{name}" is the source; a target must be a domain that training has not seen')
+        if any(each.name == name for each in found):
+            raise UsageError(f'two targets are called "{name}"; write NAME=SPEC to tell them apart')
+        found.append(with_classes(load_domain(text, home, size=size, channels=channels), classes))
+    return found
+
+
+def with_classes(domain: Domain, classes: tuple[str, ...]) -> Domain:
+    """The domain with labels numbered as in `classes`, by class name.
+
+    Raises:
+        UsageError: it has a class that is not among them.
+    """
+    if domain.classes == classes:
+        return domain
+    unknown = [domain.classes[label] for label in domain.present if domain.classes[label] not in classes]
+    if unknown:
+        raise UsageError(f'{domain.name} has class "{unknown[0]}", which the source has not ({", ".join(classes)})')
+    numbers = [classes.index(name) if name in classes else 255 for name in domain.classes]
+    table = torch.tensor([*numbers, *[255] * (256 - len(numbers))])
+    return replace(domain, labels=table[domain.labels], classes=classes)
+
+
+def absent_note(domain: Domain) -> str:
+    """A sentence on the classes that do not occur in a domain, or nothing."""
+    missing = [name for number, name in enumerate(domain.classes) if number not in domain.present]
+    return f"{domain.name} has no image of {', '.join(missing)}: scored on the other classes" if missing else ""
+
+
+def _place(spec: str) -> str:
+    path, separator, keys = spec.partition("#")
+    return f"{Path(path).resolve()}{separator}{keys}" if separator or Path(path).exists() else spec

@@ -1,0 +1,29 @@
+"""Both kinds in one generator: the geometric one first, so that its borders are painted over with the rest (ours)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pden.generators.base import Generator
+from pden.generators.geometric import Geometric
+from pden.generators.photometric import Photometric
+
+
+class Composite(Generator):
+    """A geometric generator followed by a photometric one, driven by the two halves of the noise.
+
+    Args:
+        channels: of the images.
+        width: of each part.
+        noise: size of z for each part; the composite takes twice as much.
+    """
+
+    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10) -> None:
+        super().__init__(channels, 2 * noise)
+        self.width = width
+        self.geometric = Geometric(channels, width, noise)
+        self.photometric = Photometric(channels, width, noise)
+
+    def transform(self, images: Tensor, noise: Tensor) -> Tensor:
+        first, second = noise.chunk(2, dim=1)
+        return self.photometric.transform(self.geometric.transform(images, first), second)

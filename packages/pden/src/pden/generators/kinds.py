@@ -1,0 +1,40 @@
+"""The kinds of generator by name, and their size for a given image size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from expkit.errors import UsageError
+from pden.generators.base import Generator
+from pden.generators.composite import Composite
+from pden.generators.geometric import Geometric
+from pden.generators.photometric import Photometric
+
+KINDS: dict[str, type[Photometric] | type[Geometric] | type[Composite]] = {
+    "photometric": Photometric,
+    "geometric": Geometric,
+    "composite": Composite,
+}
+
+
+def default_width(size: int) -> int:
+    """Channels after the first convolution: the paper's 16 up to 64 pixels, 32 above (ours)."""
+    return 16 if size <= 64 else 32
+
+
+def build_generator(kind: str, *, channels: int = 3, width: int = 16, noise: int = 10) -> Generator:
+    """A new generator.
+
+    Raises:
+        UsageError: an unknown kind.
+    """
+    if kind not in KINDS:
+        raise UsageError(f'unknown generator "{kind}"; use {", ".join(KINDS)}')
+    return KINDS[kind](channels, width, noise)
+
+
+def generator_settings(generator: Generator) -> dict[str, Any]:
+    """What `build_generator` needs to make one like this."""
+    kind = next(name for name, each in KINDS.items() if type(generator) is each)
+    noise = generator.noise // 2 if kind == "composite" else generator.noise
+    return {"kind": kind, "channels": generator.channels, "width": generator.width, "noise": noise}

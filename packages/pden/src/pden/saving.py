@@ -1,0 +1,129 @@
+"""A trained run on disk: `model/model.json`, one safetensors file per selection, and one of all generators."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expkit.checkpoint import load_tensors, save_tensors, write_json
+from expkit.device import resolve_device
+from expkit.errors import UsageError
+from pden.data.domain import fit_images, to_uint8
+from pden.generators import Generator, build_generator, generator_settings
+from pden.models import TaskModel, build_model
+
+SELECTIONS = ("last", "averaged", "source-validation")
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """What `load` gives: a trained model with the domains it was trained on.
+
+    Attributes:
+        model: the task model, in eval mode.
+        generators: of the accepted domains in order; each is an image transform.
+        domains: what the gate measured of each of them (empty where there was no gate).
+        classes: names of the labels.
+        size, channels: of the images.
+        source: the source's specification.
+        selection: which weights these are.
+    """
+
+    model: TaskModel
+    generators: list[Generator]
+    domains: list[dict[str, Any]]
+    classes: tuple[str, ...]
+    size: int
+    channels: int
+    source: str
+    selection: str
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and their probabilities, ``(batch,)`` each (with pixels after it for segmentation).
+
+        Args:
+            images: uint8 or floats in [0, 1], ``(batch, channels, height, width)``; resized to the model's size, and
+                grey ones copied to colour.
+        """
+        device = next(self.model.parameters()).device
+        fitted = fit_images(to_uint8(images, "images"), self.size, self.channels, "images").to(device)
+        probabilities = torch.cat([self.model(part.float() / 255).softmax(dim=1) for part in torch.split(fitted, 512)])
+        top = probabilities.max(dim=1)
+        return top.indices, top.values
+
+
+def save_model(
+    folder: Path,
+    settings: Mapping[str, Any],
+    selections: Mapping[str, Mapping[str, Tensor]],
+    generators: Sequence[Generator],
+) -> None:
+    """Write the model's folder.
+
+    Args:
+        settings: `model` (what `build_model` takes), `classes`, `size`, `channels`, `source`, `domains`.
+        selections: weights by name, of `SELECTIONS`.
+        generators: of the accepted domains.
+    """
+    for name, tensors in selections.items():
+        save_tensors(folder / f"{name}.safetensors", tensors)
+    merged = {
+        f"{number}.{key}": value for number, each in enumerate(generators) for key, value in each.state_dict().items()
+    }
+    if merged:
+        save_tensors(folder / "generators.safetensors", merged)
+    made = [generator_settings(each) for each in generators]
+    write_json(folder / "model.json", {**settings, "selections": list(selections), "generators": made})
+
+
+def load(run: str | Path, selection: str = "last", device: str | torch.device = "cpu") -> Expanded:
+    """The model and generators of a finished run.
+
+    Args:
+        run: its folder.
+        selection: last, averaged or source-validation (best on held-out source images).
+        device: where both go; "auto" takes the GPU where there is one.
+
+    Raises:
+        UsageError: no finished run, or no such selection.
+    """
+    folder = Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UsageError(f"{run} holds no trained model ({path} does not exist); train it, or --resume its training")
+    about = json.loads(path.read_text(encoding="utf-8"))
+    if selection not in about["selections"]:
+        raise UsageError(f'{run} has no selection "{selection}"; it has {", ".join(about["selections"])}')
+    place = resolve_device(str(device))
+    model = build_model(**about["model"]).to(place)
+    model.load_state_dict(load_tensors(folder / f"{selection}.safetensors"))
+    generators = _load_generators(folder, about["generators"], place)
+    return Expanded(
+        model.eval(),
+        generators,
+        about["domains"],
+        tuple(about["classes"]),
+        about["size"],
+        about["channels"],
+        about["source"],
+        selection,
+    )
+
+
+def _load_generators(folder: Path, settings: list[dict[str, Any]], device: torch.device) -> list[Generator]:
+    if not settings:
+        return []
+    tensors, generators = load_tensors(folder / "generators.safetensors"), []
+    for number, each in enumerate(settings):
+        generator = build_generator(**each)
+        own = {key.removeprefix(f"{number}."): value for key, value in tensors.items() if key.startswith(f"{number}.")}
+        generator.load_state_dict(own)
+        generators.append(generator.to(device).eval().requires_grad_(False))
+    return generators

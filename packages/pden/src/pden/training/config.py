@@ -1,0 +1,248 @@
+"""Every setting of a run, as read from `--config FILE`. The preset `paper` has the paper's; defaults are ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+METHODS = ("pden", "erm", "randaugment", "augmix", "randconv", "ada", "me-ada")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and what is only reported on.
+
+    Attributes:
+        source: a name, a folder of class folders, or FILE.npz#x_key,y_key.
+        targets: domains that models are measured on. They are never seen in training or selection.
+        target_every: rounds between two such measurements; 0 measures the end alone. The last round always counts.
+        validation: a domain of the source's own kind to select on; empty holds a share of the source out.
+        validation_share: that share.
+        size: side of the images after bilinear resizing; 0 leaves images as they are.
+        channels: 3 copies grey images; 1 refuses colour.
+        augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
+    """
+
+    source: str = "digits"
+    targets: tuple[str, ...] = ()
+    target_every: int = 1
+    validation: str = ""
+    validation_share: float = 0.1
+    size: int = 32
+    channels: int = 3
+    augment: Literal["none", "crop-flip"] = "none"
+
+    def __post_init__(self) -> None:
+        _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
+        _require(self.size == 0 or self.size >= 8, f"data.size is {self.size}; use 0 or at least 8")
+        _require(self.channels in (1, 3), f"data.channels is {self.channels}; use 1 or 3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The task model.
+
+    Attributes:
+        name: digits, wrn-16-4, timm:NAME; fcn-resnet50 or fcn-small for segmentation.
+        width: factor on the layers of digits and fcn-small.
+        embedding: size of the projection head's output.
+        batch_norm: how the views of a step are normalised. "joint": together; "split": each view by its own
+            statistics, all of which enter the running ones; "source": the same, but only the source's enter;
+            "frozen": by the running statistics of pre-training.
+    """
+
+    name: str = "digits"
+    width: float = 1.0
+    embedding: int = 128
+    batch_norm: Literal["joint", "split", "source", "frozen"] = "joint"
+
+    def __post_init__(self) -> None:
+        _require(self.width > 0 and self.embedding >= 1, "model.width and model.embedding must be positive")
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """The domain generators.
+
+    Attributes:
+        kinds: photometric, geometric or composite; rounds take them in turn.
+        width: channels after the first convolution; 0 is 16 up to 64 pixels and 32 above.
+        noise: size of z.
+        lr: of Adam.
+        share: part of a round's steps in which the generator learns; after it the generator is frozen.
+    """
+
+    kinds: tuple[Literal["photometric", "geometric", "composite"], ...] = ("photometric",)
+    width: int = 0
+    noise: int = 10
+    lr: float = 1e-4
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(len(self.kinds) >= 1, "generator.kinds is empty")
+        _require(self.noise >= 1 and self.width >= 0, "generator.noise must be positive, generator.width 0 or more")
+        _require(0 < self.share <= 1 and self.lr > 0, "generator.share must be in (0, 1], generator.lr positive")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses.
+
+    Attributes:
+        safety, diversity, cycle, adversarial: of the generator's losses; 0 leaves one out.
+        diversity_limit: beyond which two draws need not differ more.
+        contrast: of the task model across views: none, instance, supervised, barlow. Adversarial contrast feeds on
+            embeddings that tell images apart, which supervised contrast works against.
+        contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
+        temperature: of both contrasts.
+        off_diagonal: of Barlow Twins.
+        mix: whether mixtures of source and earlier domain are a view of their own.
+    """
+
+    safety: float = 1.0
+    diversity: float = 2.0
+    diversity_limit: float = 0.5
+    cycle: float = 20.0
+    adversarial: float = 1.0
+    contrast: Literal["none", "instance", "supervised", "barlow"] = "instance"
+    contrast_weight: float = 1.0
+    temperature: float = 0.07
+    off_diagonal: float = 0.005
+    mix: bool = True
+
+    def __post_init__(self) -> None:
+        weights = (self.safety, self.diversity, self.cycle, self.adversarial, self.contrast_weight, self.off_diagonal)
+        _require(min(weights) >= 0, "loss weights must be 0 or more")
+        _require(self.temperature > 0, f"loss.temperature is {self.temperature}; it must be positive")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Of the task model.
+
+    Attributes:
+        kind: "sgd" has Nesterov momentum.
+        schedule: "cosine" falls to 0 over pre-training, and again over all rounds together.
+    """
+
+    kind: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The safety gate (ours): each finished domain is measured on held-out source images.
+
+    Attributes:
+        mode: "on" refuses domains, "record" only measures them, "off" does neither.
+        images: how many are measured.
+        agreement: least share of them that the task model still labels rightly in the new domain.
+        judge_over_chance: least share for the judge, in multiples of chance (1 / classes). The judge is a model of
+            another seed that has seen the source alone, as it is and in random disguise (random convolutions and
+            negatives), and no domain. It is no oracle: a demanding limit refuses just the domains that teach most.
+        distance: least distance from the source: 1 - cosine of the judge's features, mean over images.
+        novelty: least distance from the nearest earlier domain, measured in the same way.
+        retries: how often a refused domain is learned anew before it is dropped.
+        judge_steps, judge_lr: the judge's training (Adam).
+        collapse: diversity under which a generator counts as collapsed, which is warned of.
+    """
+
+    mode: Literal["on", "record", "off"] = "on"
+    images: int = 1000
+    agreement: float = 0.7
+    judge_over_chance: float = 1.2
+    distance: float = 0.02
+    novelty: float = 0.0
+    retries: int = 1
+    judge_steps: int = 500
+    judge_lr: float = 1e-3
+    collapse: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.images >= 1 and self.judge_steps >= 1, "gate.images and gate.judge_steps must be positive")
+        _require(self.retries >= 0, f"gate.retries is {self.retries}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class AveragingConfig:
+    """Averaged weights beside the last ones. "ema" decays, "uniform" weighs all steps from a round on alike."""
+
+    kind: Literal["none", "ema", "uniform"] = "ema"
+    decay: float = 0.9995
+    from_round: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 < self.decay < 1, f"averaging.decay is {self.decay}; it must be between 0 and 1")
+
+
+@dataclass(frozen=True)
+class StopConfig:
+    """Fewer rounds than K, decided on the source alone.
+
+    Attributes:
+        patience: end after this many rounds in a row that brought nothing new; 0 never does.
+        novelty: a domain that is nearer than this to an earlier one is nothing new; a dropped one never is.
+    """
+
+    patience: int = 0
+    novelty: float = 0.02
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+        name: folder of the run below the folder of runs.
+        method: pden, or a baseline in the same harness: erm, randaugment, augmix, randconv, ada, me-ada.
+        rounds: K; 0 is plain training on the source (ERM).
+        pretrain_steps, pretrain_batch: on the source, before the first round.
+        round_steps, batch: of a round. Baselines train for as many steps. Batches are divided among processes.
+        dtype: fp32, bf16 (autocast), or auto (bf16 where the device computes in it).
+        log_every: steps between two lines of metrics.
+        checkpoint_every: steps between two checkpoints; each round's end has one too.
+    """
+
+    name: str = "pden"
+    method: Literal["pden", "erm", "randaugment", "augmix", "randconv", "ada", "me-ada"] = "pden"
+    rounds: int = 20
+    pretrain_steps: int = 5000
+    pretrain_batch: int = 256
+    round_steps: int = 3000
+    batch: int = 128
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "fp32"
+    log_every: int = 50
+    checkpoint_every: int = 1500
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 0, f"rounds is {self.rounds}; it must be 0 (ERM) or more")
+        _require(self.pretrain_steps >= 1 and self.round_steps >= 2, "pretrain_steps and round_steps must be positive")
+        _require(min(self.batch, self.pretrain_batch) >= 2, "batches need at least 2 images")
+        _require(min(self.log_every, self.checkpoint_every) >= 1, "log_every and checkpoint_every must be positive")
+        _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+
+    @property
+    def learning_steps(self) -> int:
+        """Steps of a round in which the generator learns."""
+        return max(1, round(self.generator.share * self.round_steps))

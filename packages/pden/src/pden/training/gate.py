@@ -1,0 +1,147 @@
+"""The safety gate (ours): a finished domain is measured on held-out source images, then accepted or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pden.generators import Generator
+from pden.losses import diversity
+from pden.losses.safety import IGNORED
+from pden.models import TaskModel
+from pden.training.config import GateConfig
+from pden.training.stream import Stream
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class DomainReport:
+    """What was measured of a domain.
+
+    Attributes:
+        round, attempt: which; the first attempt is 0.
+        kind: of its generator.
+        agreement: share of held-out images (or pixels) that the task model labels rightly in the domain.
+        judge_agreement: the same for the judge, which has seen the source alone.
+        distance: from the source: 1 - cosine of the judge's features, mean over images.
+        novelty: the least such distance from an earlier domain; None for the first.
+        diversity: mean absolute difference of two draws.
+        verdict: accepted, retrain or dropped; recorded where the gate only measures.
+        reasons: what it fell short of.
+        warning: that the generator has collapsed, or nothing.
+    """
+
+    round: int
+    attempt: int
+    kind: str
+    agreement: float
+    judge_agreement: float
+    distance: float
+    novelty: float | None
+    diversity: float
+    verdict: str = "recorded"
+    reasons: tuple[str, ...] = ()
+    warning: str = ""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the domain joins the pool."""
+        return self.verdict in ("accepted", "recorded")
+
+    def plain(self) -> dict[str, Any]:
+        """As a dictionary for JSON and checkpoints."""
+        return {**asdict(self), "reasons": list(self.reasons)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> DomainReport:
+        """Back from `plain`."""
+        return cls(**{**plain, "reasons": tuple(plain["reasons"])})
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The judge's view of one domain: features ``(images, width)``, normalised, and both agreements."""
+
+    features: Tensor
+    agreement: float
+    judge_agreement: float
+    diversity: float
+
+
+@torch.no_grad()
+def measure(
+    task: TaskModel, judge: TaskModel, generator: Generator | None, images: Tensor, labels: Tensor, stream: Stream
+) -> Measures:
+    """Measure a domain; without a generator, the source itself. Both models must be in eval mode.
+
+    Args:
+        images: held-out source images in [0, 1].
+        stream: for the noise; the same stream gives the same figures.
+    """
+    features, right, judged, counted, difference = [], 0.0, 0.0, 0.0, 0.0
+    for part, answer in zip(torch.split(images, _CHUNK), torch.split(labels, _CHUNK), strict=True):
+        made = part if generator is None else generator(part, generator=stream.torch)
+        if generator is not None:
+            difference += float(diversity(made, generator(part, generator=stream.torch))) * len(part)
+        seen, counts = judge.full(made), answer != IGNORED if answer.dim() == 3 else torch.ones_like(answer).bool()
+        features.append(F.normalize(seen.features.float(), dim=1))
+        right += float(((task(made).argmax(1) == answer) & counts).sum())
+        judged += float(((seen.logits.argmax(1) == answer) & counts).sum())
+        counted += float(counts.sum())
+    total = max(counted, 1.0)
+    return Measures(torch.cat(features), right / total, judged / total, difference / len(images))
+
+
+def distance(first: Measures, second: Measures) -> float:
+    """1 - cosine of the judge's features of the same images, mean over images; 0 to 2."""
+    return float(1 - (first.features * second.features).sum(dim=1).mean())
+
+
+def judge_domain(
+    found: Measures,
+    source: Measures,
+    earlier: Sequence[Measures],
+    gate: GateConfig,
+    *,
+    round: int,
+    attempt: int,
+    kind: str,
+    classes: int,
+) -> DomainReport:
+    """The report of a domain, with its verdict."""
+    far = distance(found, source)
+    novelty = min((distance(found, each) for each in earlier), default=None)
+    limits = [
+        ("label agreement", found.agreement, gate.agreement),
+        ("label agreement of the judge", found.judge_agreement, gate.judge_over_chance / classes),
+        ("distance from the source", far, gate.distance),
+        ("novelty", novelty, gate.novelty),
+    ]
+    reasons = tuple(
+        f"{what} {value:.3f} < {least:g}" for what, value, least in limits if value is not None and value < least
+    )
+    verdict = "recorded"
+    if gate.mode == "on":
+        verdict = "accepted" if not reasons else ("retrain" if attempt < gate.retries else "dropped")
+    warning = ""
+    if found.diversity < gate.collapse:
+        warning = f"round {round}: the generator has collapsed (diversity {found.diversity:.4f} < {gate.collapse:g})"
+    return DomainReport(
+        round,
+        attempt,
+        kind,
+        found.agreement,
+        found.judge_agreement,
+        far,
+        novelty,
+        found.diversity,
+        verdict,
+        reasons,
+        warning,
+    )

@@ -1,0 +1,229 @@
+"""The job behind `pden train`: a run directory around a `Trainer`, from start or checkpoint to the trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expkit.checkpoint import CheckpointStore, write_json
+from expkit.cli import console, progress
+from expkit.config import to_toml
+from expkit.device import peak_memory, reset_peak_memory, resolve_device, resolve_dtype
+from expkit.distributed import World, barrier
+from expkit.errors import UsageError
+from expkit.rundir import RunDir, evidence
+from pden.data import Domain, Home, load_domain
+from pden.evaluation.targets import absent_note, load_targets, with_classes
+from pden.saving import save_model
+from pden.training.config import TrainConfig
+from pden.training.history import measure_round, selections
+from pden.training.state import capture, restore
+from pden.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        folder: its directory; the trained model is in its folder `model`.
+        result: the figures that `result.json` holds.
+    """
+
+    folder: Path
+    result: dict[str, Any]
+
+
+def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Domain]]:
+    """Source, validation and targets.
+
+    Raises:
+        UsageError: see `load_domain` and `load_targets`.
+    """
+    data = config.data
+    source = load_domain(data.source, home, size=data.size, channels=data.channels)
+    if data.validation:
+        held = load_domain(data.validation, home, size=data.size, channels=data.channels)
+        held = with_classes(held, source.classes)
+    else:
+        source, held = source.split(data.validation_share, config.seed)
+    targets = load_targets(data.targets, data.source, source.classes, home, data.size, data.channels)
+    return source, held, targets
+
+
+def train(
+    config: TrainConfig, home: Home, runs: Path, world: World, *, resume: bool = False, quiet: bool = False
+) -> Outcome | None:
+    """Train, measure every round, keep checkpoints, and leave a model; other processes than the first return None.
+
+    Args:
+        runs: folder of all runs.
+        resume: go on with the run of this name.
+        quiet: print nothing but warnings and progress.
+
+    Raises:
+        UsageError: see `load_data`, `Trainer` and `RunDir.create`.
+    """
+    record = evidence(config.seed)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    if dtype == torch.float16:
+        raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
+    source, validation, targets = load_data(config, home)
+    reset_peak_memory(device)
+    trainer = Trainer(config, source, validation, device=device, dtype=dtype, world=world)
+    run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
+    barrier()
+    job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
+    checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
+    if checkpoint is not None:
+        restore(trainer, checkpoint)
+        job.history = checkpoint.state["history"]
+    try:
+        job.work()
+    finally:
+        if run is not None:
+            run.metrics.close()
+    barrier()
+    return None if run is None else job.finish(record)
+
+
+class _Job:
+    """A trainer with the files of its run; `run` is None on the processes that write nothing."""
+
+    def __init__(self, trainer: Trainer, run: RunDir | None, targets: Sequence[Domain], quiet: bool) -> None:
+        self.trainer, self.run, self.targets, self.quiet = trainer, run, targets, quiet
+        self.history: list[dict[str, Any]] = []
+
+    def say(self, text: str, always: bool = False) -> None:
+        if self.run is not None and (always or not self.quiet):
+            console().print(text, highlight=False, soft_wrap=True)
+
+    def work(self) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        self._introduce()
+        with progress() as bar:
+            shown = self.run is not None
+            task = bar.add_task(config.name, total=trainer.planned_steps, completed=trainer.clock.total, visible=shown)
+            saved = trainer.clock.total
+            while not trainer.done:
+                number = trainer.clock.round
+                before = len(trainer.reports)
+                event = trainer.step()
+                if shown:
+                    bar.update(task, completed=trainer.clock.total, total=trainer.planned_steps)
+                for report in trainer.reports[before:]:
+                    self._tell(report)
+                if event in ("pretrained", "round"):
+                    self._measure(0 if event == "pretrained" else number)
+                    if shown:
+                        bar.update(task, description=f"{config.name}: round {trainer.clock.round}/{config.rounds}")
+                if self.run is not None and trainer.clock.total % config.log_every == 0:
+                    self._log()
+                if event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every:
+                    saved = trainer.clock.total
+                    self._save()
+        if not self.history or (self.history[-1]["round"] != trainer.clock.round and config.rounds):
+            self._measure(trainer.clock.round)  # the last round's domain was dropped
+
+    def _introduce(self) -> None:
+        trainer, config = self.trainer, self.trainer.config
+        for target in self.targets:
+            if note := absent_note(target):
+                self.say(f"note: {note}")
+        if config.rounds == 0 and trainer.expands:
+            self.say("note: with 0 rounds nothing is expanded: this is plain training on the source (ERM)", always=True)
+        if self.run is not None:
+            self.say(
+                f"{config.method} on {trainer.source.name}: {len(trainer.source)} images, {len(trainer.validation)} "
+                f"held out, {len(self.targets)} targets, {trainer.device}: {self.run.path}"
+            )
+
+    def _tell(self, report: Any) -> None:
+        if report.warning:
+            self.say(f"warning: {report.warning}", always=True)
+        if not report.kept:
+            what = "is learned anew" if report.verdict == "retrain" else "is dropped"
+            self.say(f"round {report.round}: the domain {what} ({'; '.join(report.reasons)})", always=True)
+
+    def _measure(self, number: int) -> None:
+        if self.run is None:
+            return
+        trainer, every = self.trainer, self.trainer.config.data.target_every
+        due = trainer.done or (every > 0 and number % every == 0)
+        self.history.append(measure_round(trainer, number, self.targets if due else ()))
+        last = self.history[-1]["last"]
+        average = f", targets {100 * last['average']:.1f} %" if "average" in last else ""
+        self.say(f"round {number}: validation {100 * last['validation']:.1f} %{average}")
+        trainer.skip_time()
+
+    def _log(self) -> None:
+        assert self.run is not None
+        trainer = self.trainer
+        trainer.tick()
+        metrics = trainer.take_metrics()
+        self.run.metrics.log(trainer.clock.total, round=trainer.clock.round, seconds=trainer.clock.seconds, **metrics)
+
+    def _save(self) -> None:
+        if self.run is not None:
+            state = {**capture(self.trainer), "history": self.history}
+            self.run.checkpoints.save(self.trainer.clock.total, self.trainer.task.state_dict(), state)
+            self.trainer.skip_time()
+
+    def finish(self, record: dict[str, Any]) -> Outcome:
+        """Write the model, the figures and the pictures."""
+        assert self.run is not None
+        trainer, config, clock = self.trainer, self.trainer.config, self.trainer.clock
+        reports = [each.plain() for each in trainer.reports]
+        result = {
+            **record,
+            "name": config.name,
+            "method": config.method,
+            "source": config.data.source,
+            "metric": "mIoU" if trainer.source.dense else "accuracy",
+            "domains": len(trainer.pool),
+            "selections": selections(self.history, trainer.best.round),
+            "history": self.history,
+            "reports": reports,
+            "notes": [each.note for each in self.targets if each.note]
+            + [n for t in self.targets if (n := absent_note(t))],
+            "steps": clock.total,
+            "seconds": clock.seconds,
+            "steps_per_second": clock.total / max(clock.seconds, 1e-9),
+            "gate_share": clock.gate_seconds / max(clock.seconds, 1e-9),
+            "peak_memory_bytes": peak_memory(trainer.device),
+            "processes": trainer.world.size,
+            "config": to_toml(config),
+        }
+        self._save_model([each for each in reports if each["verdict"] in ("accepted", "recorded")])
+        self._draw()
+        write_json(self.run.path / "result.json", result)
+        return Outcome(self.run.path, result)
+
+    def _save_model(self, domains: list[dict[str, Any]]) -> None:
+        assert self.run is not None
+        trainer, config = self.trainer, self.trainer.config
+        weights = {"last": trainer.task.state_dict(), "source-validation": trainer.best.tensors}
+        if trainer.average is not None:
+            weights["averaged"] = trainer.average.module.state_dict()
+        channels = trainer.source.images.shape[1]
+        model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}
+        model |= {"size": trainer.size, "width": config.model.width, "embedding": config.model.embedding}
+        settings = {"model": model, "classes": trainer.source.classes, "size": trainer.size, "channels": channels}
+        settings |= {"source": config.data.source, "domains": domains}
+        save_model(self.run.path / "model", settings, weights, trainer.pool)
+
+    def _draw(self) -> None:
+        from pden.evaluation.chart import save_curve
+        from pden.gallery import save_gallery
+
+        assert self.run is not None
+        trainer = self.trainer
+        save_curve(self.history, self.run.path / "curve.png", title=f"{trainer.config.name}: {trainer.source.name}")
+        if trainer.pool:
+            kept = [each.plain() for each in trainer.reports if each.kept]
+            save_gallery(trainer.validation, trainer.pool, kept, self.run.path / "gallery.png")

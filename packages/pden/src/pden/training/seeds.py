@@ -1,0 +1,87 @@
+"""Several seeds of one run in one command, as processes of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from expkit.checkpoint import write_text
+from expkit.cli import console, progress
+from expkit.config import to_toml
+from expkit.errors import UsageError
+from expkit.rundir import evidence
+from pden.data import Home
+from pden.evaluation.table import group, markdown, read_result, summarise
+from pden.training.config import TrainConfig
+
+
+def train_seeds(
+    config: TrainConfig, seeds: Sequence[int], home: Home, runs: Path, *, jobs: int = 1, resume: bool = False
+) -> dict[str, Any]:
+    """Train `NAME-seedN` for each seed, `jobs` at a time; finished ones are kept, begun ones need `resume`.
+
+    Returns:
+        the evidence, each run's selections, their means and spreads, and a table of the last weights.
+
+    Raises:
+        UsageError: no targets to measure on.
+        RuntimeError: a run failed; its own message has been printed.
+    """
+    if not config.data.targets:
+        raise UsageError("several seeds are compared on targets; name at least one with --target")
+    record = evidence()
+    names = {seed: f"{config.name}-seed{seed}" for seed in seeds}
+    open_seeds = [seed for seed in seeds if not (runs / names[seed] / "result.json").is_file()]
+    with tempfile.TemporaryDirectory() as folder:
+        commands = []
+        for seed in open_seeds:
+            file = Path(folder) / f"{seed}.toml"
+            write_text(file, to_toml(replace(config, name=names[seed], seed=seed)))
+            command = [sys.executable, "-m", "pden", "train", "--config", str(file), "--runs", str(runs)]
+            command += ["--data-dir", str(home.folders[0])] if len(home.folders) > 1 else []
+            commands.append(command + (["--resume"] if resume and (runs / names[seed]).is_dir() else []))
+        _run_all(commands, jobs, config.name)
+    results = [read_result(runs / name) for name in names.values()]
+    groups = group(results)
+    found = {name: _figures(results, name) for name in results[0]["selections"]}
+    table = markdown(summarise(groups, "last"))
+    kept = [{"seed": result["seed"], "selections": result["selections"]} for result in results]
+    return {**record, "name": config.name, "method": config.method, "seeds": list(seeds), "table": table} | {
+        "selections": found,
+        "runs": kept,
+        "config": to_toml(config),
+    }
+
+
+def _figures(results: Sequence[dict[str, Any]], selection: str) -> dict[str, Any]:
+    (row,) = summarise({"all": results}, selection).values()
+    return {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()}
+
+
+def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
+    """Run all commands, `jobs` at a time; their messages go on to ours."""
+    waiting, failed = list(commands), 0
+    running: list[subprocess.Popen[bytes]] = []
+    with progress() as bar:
+        task = bar.add_task(f"{name}: seeds", total=len(commands))
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(subprocess.Popen(waiting.pop(0), stdout=subprocess.DEVNULL))
+                ended = [process for process in running if process.poll() is not None]
+                running = [process for process in running if process.poll() is None]
+                failed += sum(process.returncode != 0 for process in ended)
+                bar.advance(task, len(ended))
+                time.sleep(0.05)
+        finally:
+            for process in running:
+                process.terminate()
+    if failed:
+        console().print(f"{failed} of {len(commands)} runs failed", highlight=False)
+        raise RuntimeError(f"{failed} of {len(commands)} runs failed; run the command again with --resume")

@@ -1,0 +1,82 @@
+"""The views of a batch, and the task model's pass over them under a BatchNorm policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pden.generators import Generator
+from pden.models import TaskModel, TaskOutput
+
+
+@torch.no_grad()
+def make_views(
+    images: Tensor, current: Generator, earlier: Generator | None, rng: torch.Generator, *, mix: bool = True
+) -> list[Tensor]:
+    """The source x, an earlier domain x2, their mixture x3 and the current domain xg; no gradient reaches a generator.
+
+    Args:
+        images: in [0, 1], ``(batch, channels, height, width)``.
+        earlier: None while there is no earlier domain; x2 and x3 are left out then.
+        rng: for noise and mixing.
+        mix: whether x3 = u x + (1 - u) x2, with u uniform for each image, is among them.
+    """
+    views = [images]
+    if earlier is not None:
+        other = earlier(images, generator=rng)
+        views.append(other)
+        if mix:
+            share = torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device)
+            views.append(share * images + (1 - share) * other)
+    views.append(current(images, generator=rng))
+    return views
+
+
+def forward_views(model: TaskModel, views: Sequence[Tensor], policy: str) -> TaskOutput:
+    """One pass over all views, ``(views, batch, ...)`` in every field.
+
+    Args:
+        policy: "joint", "split", "source" or "frozen"; see `ModelConfig.batch_norm`. Without BatchNorm layers all
+            are the same.
+    """
+    count = len(views)
+    if policy == "joint" or not any(isinstance(each, _BatchNorm) for each in model.modules()):
+        together = model.full(torch.cat(list(views)))
+        return TaskOutput(*(torch.unflatten(each, 0, (count, -1)) for each in together))
+    outputs = []
+    with frozen_norms(model, policy == "frozen"):
+        for place, view in enumerate(views):
+            with untracked_norms(model, policy == "source" and place > 0):
+                outputs.append(model.full(view))
+    return TaskOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
+
+
+@contextmanager
+def frozen_norms(model: nn.Module, active: bool) -> Iterator[None]:
+    """BatchNorm layers use their running statistics inside."""
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.training] if active else []
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+@contextmanager
+def untracked_norms(model: nn.Module, active: bool) -> Iterator[None]:
+    """BatchNorm layers use the batch's statistics inside, and do not remember them."""
+    norms = [each for each in model.modules() if isinstance(each, _BatchNorm)] if active else []
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,194 @@
+"""Domains: what is refused, how they are fitted and split, and where they come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from expkit.errors import UsageError
+from pden.data import Domain, Home, from_dataset, load_domain, parse_target
+from pden.data.augment import crop_flip
+from pden.data.domain import to_uint8
+from pden.data.folder import load_masks
+from tiny import tiny_domain
+
+HOME = Home((), Path("nowhere"), download=False)
+
+
+def write_folder(folder: Path, sizes: dict[str, tuple[int, int]]) -> None:
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (200, 10, 30)).save(folder / name)
+
+
+def test_labels_out_of_range_are_refused():
+    with pytest.raises(UsageError, match="label 7 is out of range; there are 2 classes"):
+        Domain("d", torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 7]), ("a", "b"))
+
+
+def test_pixels_that_are_not_numbers_are_refused_by_place():
+    images = torch.rand(5, 1, 4, 4)
+    images[3, 0, 1, 1] = torch.nan
+    with pytest.raises(UsageError, match="image 3 has pixels that are not numbers"):
+        to_uint8(images, "d")
+    with pytest.raises(UsageError, match=r"in \[0, 1\]"):
+        to_uint8(images.nan_to_num(255.0), "d")
+
+
+def test_fitting_resizes_bilinearly_and_copies_grey():
+    domain = tiny_domain(4, channels=1, size=16)
+    fitted = domain.fitted(32, 3)
+    assert fitted.images.shape == (4, 3, 32, 32)
+    assert torch.equal(fitted.images[:, 0], fitted.images[:, 2])
+    naive = torch.nn.functional.interpolate(domain.images.float(), (32, 32), mode="bilinear", align_corners=False)
+    assert (fitted.images[:, :1].float() - naive).abs().max() <= 0.5
+    assert domain.fitted(0, 1).images.shape == (4, 1, 16, 16)
+
+
+def test_colour_is_not_made_grey_silently():
+    with pytest.raises(UsageError, match="3 channels; the model takes 1"):
+        tiny_domain(4).fitted(16, 1)
+
+
+def test_a_split_is_by_class_disjoint_and_the_same_again():
+    domain = tiny_domain(60)
+    rest, held = domain.split(0.2, seed=3)
+    assert (len(rest), len(held)) == (48, 12)
+    assert held.labels.bincount().tolist() == [4, 4, 4]
+    whole = sorted(map(tuple, torch.cat([rest.images, held.images]).flatten(1).tolist()))
+    assert whole == sorted(map(tuple, domain.images.flatten(1).tolist()))
+    assert torch.equal(held.images, domain.split(0.2, seed=3)[1].images)
+    with pytest.raises(UsageError, match="leaves a part empty"):
+        domain.split(0.001, seed=0)
+
+
+def test_any_torch_dataset_becomes_a_domain():
+    pairs = [(torch.rand(3, 8, 8), 1), (torch.rand(3, 8, 8), 0)]
+    domain = from_dataset(pairs, "pairs")
+    assert domain.images.dtype == torch.uint8 and domain.labels.tolist() == [1, 0] and domain.classes == ("0", "1")
+    pictures = [(Image.new("L", (8, 8), 9), 0), (Image.new("L", (8, 8), 9), 1)]
+    assert from_dataset(pictures, "pictures", ["cat", "dog"]).images.unique().tolist() == [9]
+    with pytest.raises(UsageError, match=r"image 1 is \(3, 9, 8\)"):
+        from_dataset([pairs[0], (torch.rand(3, 9, 8), 0)], "odd")
+
+
+def test_arrays_of_one_file(tmp_path):
+    file = tmp_path / "set.npz"
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    np.savez(file, x=images, y=np.array([0, 1, 2, 0, 1, 2]), wrong=np.zeros(6))
+    domain = load_domain(f"mine={file}#x,y", HOME, size=16)
+    assert domain.name == "mine" and domain.classes == ("0", "1", "2")
+    assert np.array_equal(domain.images.permute(0, 2, 3, 1).numpy(), images)
+    for spec, said in [
+        (f"{file}#x,z", 'no array "z"; it has x, y, wrong'),
+        (f"{file}#x", "FILE.npz#x_key,y_key"),
+        (f"{file}#x,wrong", "needed are integers"),
+        (f"{file}#y,y", "images of shape"),
+        (f"{tmp_path}/none.npz#x,y", "does not exist"),
+    ]:
+        with pytest.raises(UsageError) as error:
+            load_domain(spec, HOME)
+        assert said in str(error.value)
+
+
+def test_arrays_are_never_unpickled(tmp_path):
+    np.savez(tmp_path / "bad.npz", x=np.array([{"a": 1}], dtype=object), y=np.array([0]))
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_domain(f"{tmp_path}/bad.npz#x,y", HOME)
+
+
+def test_folders_of_classes(tmp_path):
+    write_folder(tmp_path / "photo", {"cat/1.png": (20, 20), "cat/2.jpg": (20, 20), "dog/1.png": (20, 20)})
+    domain = load_domain(str(tmp_path / "photo"), HOME, size=16)
+    assert domain.name == "photo" and domain.classes == ("cat", "dog")
+    assert domain.labels.tolist() == [0, 0, 1] and domain.images.shape == (3, 3, 16, 16)
+
+
+def test_sizes_that_differ_need_a_size(tmp_path):
+    write_folder(tmp_path / "d", {"cat/1.png": (20, 20), "dog/1.png": (24, 20)})
+    with pytest.raises(UsageError, match=r"24x20, .* is 20x20; set data\.size"):
+        load_domain(str(tmp_path / "d"), HOME, size=0)
+    assert load_domain(str(tmp_path / "d"), HOME, size=16).images.shape == (2, 3, 16, 16)
+
+
+def test_broken_folders_are_refused(tmp_path):
+    (tmp_path / "flat").mkdir()
+    with pytest.raises(UsageError, match="domain/class/image"):
+        load_domain(str(tmp_path / "flat"), HOME)
+    write_folder(tmp_path / "d", {"cat/1.png": (20, 20)})
+    (tmp_path / "d" / "dog").mkdir()
+    with pytest.raises(UsageError, match='class "dog" has no images'):
+        load_domain(str(tmp_path / "d"), HOME)
+    (tmp_path / "d" / "dog" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(UsageError, match=r"1\.png is not a readable image"):
+        load_domain(str(tmp_path / "d"), HOME)
+
+
+def test_masks_go_with_images_by_name(tmp_path):
+    write_folder(tmp_path, {"images/a.png": (6, 4), "images/b.png": (6, 4)})
+    (tmp_path / "masks").mkdir()
+    mask = np.tile(np.array([0, 1, 2, 0, 1, 2], dtype=np.uint8), (4, 1))
+    for name in ("a", "b"):
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{name}.png")
+    domain = load_masks(tmp_path / "images", tmp_path / "masks", "m", ("x", "y"), void=2)
+    assert domain.dense and domain.labels.shape == (2, 4, 6)
+    assert domain.labels[0, 0].tolist() == [0, 1, 255, 0, 1, 255] and domain.present == [0, 1]
+    (tmp_path / "masks" / "b.png").unlink()
+    with pytest.raises(UsageError, match=r"b\.png has no mask"):
+        load_masks(tmp_path / "images", tmp_path / "masks", "m", ("x", "y"))
+
+
+@pytest.mark.parametrize("names", [None, "road\nsky\n"])
+def test_a_folder_of_images_and_masks_is_a_segmentation_domain(names, tmp_path):
+    write_folder(tmp_path, {"images/a.jpg": (32, 24)})
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.tile(np.array([0, 0, 1, 1], dtype=np.uint8), (24, 8))).save(tmp_path / "masks" / "a.png")
+    if names is not None:
+        (tmp_path / "classes.txt").write_text(names)
+    domain = load_domain(f"streets={tmp_path}", HOME, size=12)
+    assert domain.images.shape == (1, 3, 12, 16) and domain.labels.shape == (1, 12, 16)
+    assert domain.classes == (("0", "1") if names is None else ("road", "sky")) and domain.present == [0, 1]
+
+
+def test_unknown_domains_name_the_nearest():
+    with pytest.raises(UsageError, match='did you mean "mnist-m"'):
+        load_domain("mnist_m", HOME)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("usps", ("usps", "usps")),
+        ("a=b.npz#x,y", ("a", "b.npz#x,y")),
+        ("d.npz#usps_x,usps_y", ("usps", "d.npz#usps_x,usps_y")),
+    ],
+)
+def test_targets_may_be_named(text, expected):
+    assert parse_target(text) == expected
+
+
+def test_data_are_looked_for_in_the_flag_then_the_environment_then_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPKIT_DATA", str(tmp_path / "env"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in ("flag", "env", "cache/pden"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "file").write_text(folder)
+    home = Home.of(tmp_path / "flag")
+    for folder in ("flag", "env", "cache/pden"):
+        found = home.find("file")
+        assert found is not None and found.read_text() == folder
+        found.unlink()
+    assert home.find("file") is None
+
+
+def test_crop_flip_moves_images_and_pixel_labels_alike():
+    images = torch.arange(16 * 16).float().view(1, 1, 16, 16).expand(4, 1, -1, -1)
+    moved, labels = crop_flip(images, images[:, 0].long(), torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:, 0].long(), labels)
+    assert moved.shape == images.shape and not torch.equal(moved, images)
+    steps = moved[:, 0, 8, 8] - moved[:, 0, 8, 7]  # one to the right, or mirrored one to the left
+    assert set(steps.tolist()) == {1.0, -1.0}

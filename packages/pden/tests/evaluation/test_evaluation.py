@@ -1,0 +1,152 @@
+"""Scores, targets and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from expkit.errors import UsageError
+from pden.data import Domain, Home
+from pden.evaluation import table
+from pden.evaluation.accuracy import evaluate
+from pden.evaluation.chart import save_bars, save_curve
+from pden.evaluation.targets import absent_note, load_targets, with_classes
+from pden.models import TaskModel
+from pden.training.history import selections
+from tiny import tiny_dense, tiny_domain
+
+HOME = Home((), Path("nowhere"), download=False)
+
+
+class Fixed(TaskModel):
+    """Says what it is told, image by image."""
+
+    def __init__(self, answers: torch.Tensor, classes: int) -> None:
+        super().__init__(torch.nn.Flatten(), 1, classes, embedding=2)
+        self.answers, self.start = answers, 0
+
+    def forward(self, images):
+        part = self.answers[self.start : self.start + len(images)]
+        self.start += len(images)
+        return torch.nn.functional.one_hot(part, self.classes).movedim(-1, 1).float()
+
+
+def test_accuracy_is_counted_by_class_over_those_that_occur():
+    domain = tiny_domain(6)
+    domain = Domain("d", domain.images, torch.tensor([0, 0, 0, 1, 1, 1]), ("a", "b", "c"))
+    score = evaluate(Fixed(torch.tensor([0, 0, 2, 1, 1, 1]), 3), domain)
+    assert score.accuracy == pytest.approx(5 / 6) and score.value == score.accuracy and score.miou is None
+    assert score.per_class == {"a": pytest.approx(2 / 3), "b": 1.0} and score.absent == ("c",)
+
+
+def test_mean_intersection_over_union_leaves_uncounted_pixels_out():
+    domain = tiny_dense(3)
+    answers = domain.labels.clone()
+    answers[answers == 255] = 1
+    answers[0, :, 12:] = 0
+    counted, union, right = domain.labels != 255, [], []
+    for label in (0, 1):
+        said, true = (answers == label) & counted, (domain.labels == label) & counted
+        union.append((said | true).sum())
+        right.append((said & true).sum())
+    score = evaluate(Fixed(answers, 2), domain)
+    assert score.miou == pytest.approx(float(sum(r / u for r, u in zip(right, union, strict=True)) / 2))
+    assert score.accuracy == pytest.approx(float(((answers == domain.labels) & counted).sum() / counted.sum()))
+
+
+def test_evaluation_leaves_the_models_mode():
+    model = Fixed(torch.zeros(6, dtype=torch.int64), 3)
+    evaluate(model.train(), tiny_domain(6))
+    assert model.training
+
+
+def test_classes_are_matched_by_name():
+    domain = Domain("d", torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, 0]), ("dog", "cat"))
+    assert with_classes(domain, ("cat", "cow", "dog")).labels.tolist() == [2, 0, 2]
+    assert "no image of cow" in absent_note(with_classes(domain, ("cat", "cow", "dog")))
+    with pytest.raises(UsageError, match='class "dog", which the source has not'):
+        with_classes(domain, ("cat", "cow"))
+
+
+def test_targets_are_not_the_source_and_have_names_of_their_own():
+    classes = tuple("0123456789")
+    with pytest.raises(UsageError, match='target "mine" is the source'):
+        load_targets(["mine=digits"], "digits", classes, HOME, 32, 3)
+    with pytest.raises(UsageError, match='two targets are called "a"'):
+        load_targets(["a=digits-test", "a=digits-thick"], "digits", classes, HOME, 32, 3)
+    (found,) = load_targets(["digits-test"], "digits", classes, HOME, 16, 3)
+    assert found.images.shape == (597, 3, 16, 16)
+
+
+def history() -> list[dict]:
+    def entry(number, validation, average, averaged):
+        last = {"validation": validation, "targets": {"t": average}, "average": average}
+        return {"round": number, "last": last, "averaged": {**last, "targets": {"t": averaged}, "average": averaged}}
+
+    return [entry(0, 0.9, 0.3, 0.3), entry(1, 0.99, 0.7, 0.5), entry(2, 0.98, 0.6, 0.65)]
+
+
+def test_selections_are_named_and_only_the_oracle_looks_at_targets():
+    found = selections(history(), best_round=1)
+    assert {name: each["average"] for name, each in found.items()} == {
+        "last": 0.6,
+        "averaged": 0.65,
+        "source-validation": 0.7,
+        "oracle": 0.7,
+    }
+    assert found["last"]["round"] == 2 and found["oracle"]["round"] == 1
+
+
+def result(name: str, seed: int, first: float, second: float) -> dict:
+    last = {
+        "targets": {"usps": first, "svhn_c": second},
+        "average": (first + second) / 2,
+        "validation": 0.9,
+        "round": 1,
+    }
+    return {"name": name, "seed": seed, "selections": {"last": last}}
+
+
+def rows() -> dict:
+    runs = [result("erm-seed0", 0, 0.5, 0.3), result("erm-seed1", 1, 0.6, 0.3), result("pden", 0, 0.8, 0.7)]
+    return table.summarise(table.group(runs), "last")
+
+
+def test_seeds_become_a_mean_and_a_spread():
+    found = rows()
+    assert list(found) == ["erm", "pden"]
+    assert found["erm"]["usps"] == (pytest.approx(0.55), pytest.approx(0.0707, abs=1e-4))
+    assert found["pden"]["average"] == (0.75, 0.0)
+    assert table.columns(found) == ["usps", "svhn_c", "average"]
+
+
+def test_tables_in_three_forms():
+    assert table.markdown(rows()).splitlines()[2] == "| erm | 55.00 ± 7.07 | 30.00 ± 0.00 | 42.50 ± 3.54 |"
+    assert '"pden","usps",80.0000,0.0000' in table.csv(rows())
+    latex = table.latex(rows())
+    assert r"svhn\_c" in latex and r"\textbf{80.00}" in latex and r"\textbf{55.00}" not in latex
+    with pytest.raises(UsageError, match=r"\.md, \.csv or \.tex"):
+        table.render(rows(), Path("table.doc"))
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no finished run"):
+        table.read_result(tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(UsageError, match="no figures of a run"):
+        table.read_result(tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps({"selections": {"last": {"validation": 1.0}}}))
+    with pytest.raises(UsageError, match="measured on no target"):
+        table.read_result(tmp_path)
+    with pytest.raises(UsageError, match='no figures for selection "averaged"'):
+        table.summarise(table.group([result("a", 0, 0.1, 0.2)]), "averaged")
+
+
+def test_charts_are_pictures(tmp_path):
+    save_curve(history(), tmp_path / "curve.png", title="t")
+    save_bars(rows(), tmp_path / "bars.png", title="t")
+    for name in ("curve.png", "bars.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

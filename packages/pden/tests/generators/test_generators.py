@@ -1,0 +1,134 @@
+"""Generators: sizes, ranges, noise, and use as ordinary transforms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from expkit.errors import UsageError
+from pden.generators import KINDS, AdaIN, Composite, Geometric, Photometric, build_generator, generator_settings
+from pden.generators.geometric import warp
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_photometric_generator_has_the_papers_size():
+    assert count(Photometric()) == 26_019
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(32, 32), (17, 17), (40, 64)])
+def test_shape_and_range_are_kept_at_any_resolution(kind, size):
+    images = torch.rand(2, 3, *size)
+    made = build_generator(kind)(images)
+    assert made.shape == images.shape
+    assert 0 <= made.min() and made.max() <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_alone_decides_a_draw(kind):
+    torch.manual_seed(0)
+    generator, images = build_generator(kind), torch.rand(3, 3, 32, 32)
+    noise = torch.randn(3, generator.noise)
+    assert torch.equal(generator(images, noise), generator(images, noise))
+    assert not torch.equal(generator(images, noise), generator(images, -noise))
+    first, second = (generator(images, generator=torch.Generator().manual_seed(7)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, generator(images, generator=torch.Generator().manual_seed(8)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_generator_without_noise_is_a_function_of_the_image(kind):
+    generator, images = build_generator(kind, noise=0), torch.rand(2, 3, 32, 32)
+    assert torch.equal(generator(images), generator(images))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_gets_a_gradient_from_a_difference_of_draws(kind):
+    torch.manual_seed(0)
+    generator, images = build_generator(kind), torch.rand(4, 3, 32, 32)
+    (generator(images) - generator(images)).abs().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in generator.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_come_back_in_the_form_they_came_in(kind):
+    generator, noise = build_generator(kind), torch.randn(1, build_generator(kind).noise)
+    image = torch.rand(3, 32, 32)
+    one = generator(image, noise)
+    assert one.shape == image.shape and torch.equal(one, generator(image[None], noise)[0])
+    eight = (image * 255).round().to(torch.uint8)
+    made = generator(eight, noise)
+    assert made.dtype == torch.uint8
+    assert (made.float() / 255 - one).abs().max() < 0.02
+    picture = generator(v2.functional.to_pil_image(eight), noise)
+    assert isinstance(picture, Image.Image)
+    assert torch.equal(v2.functional.pil_to_tensor(picture), made)
+
+
+def test_a_generator_stands_in_a_chain_of_torchvision_transforms():
+    chain = v2.Compose([v2.Resize(32), build_generator("composite").requires_grad_(False), v2.ToDtype(torch.float32)])
+    assert chain(torch.rand(3, 48, 48)).shape == (3, 32, 32)
+
+
+def test_the_geometric_generator_starts_near_the_identity():
+    images = torch.rand(8, 3, 32, 32)
+    maps = Geometric().maps(images, torch.randn(8, 10))
+    assert torch.allclose(maps, torch.tensor([[1.0, 0, 0], [0, 1, 0]]), atol=0.15)
+    assert torch.allclose(warp(images, torch.tensor([[[1.0, 0, 0], [0, 1, 0]]]).expand(8, 2, 3)), images, atol=1e-5)
+
+
+def test_warp_moves_as_the_map_says():
+    images = torch.zeros(1, 1, 8, 8)
+    images[0, 0, 2, 3] = 1
+    moved = warp(images, torch.tensor([[[1.0, 0, 0.25], [0, 1, 0]]]))  # a quarter of a half width: one pixel
+    assert moved[0, 0, 2, 2] == pytest.approx(1, abs=1e-5)
+
+
+def test_adain_sets_mean_and_spread_from_noise():
+    layer, maps = AdaIN(4, 6), torch.rand(2, 6, 16, 16) * 3 + 1
+    noise = torch.randn(2, 4)
+    gamma, beta = layer.style(noise).chunk(2, dim=1)
+    styled = layer(maps, noise)
+    assert torch.allclose(styled.mean(dim=(2, 3)), beta, atol=1e-4)
+    assert torch.allclose(styled.std(dim=(2, 3), unbiased=False), (1 + gamma).abs(), atol=1e-3)
+
+
+def test_a_composite_gives_each_part_half_of_the_noise():
+    torch.manual_seed(0)
+    generator, images = Composite(), torch.rand(2, 3, 32, 32)
+    noise = torch.randn(2, 20)
+    moved = generator.geometric.transform(images, noise[:, :10])
+    assert torch.equal(generator(images, noise), generator.photometric.transform(moved, noise[:, 10:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_settings_rebuild_a_generator(kind):
+    generator = build_generator(kind, channels=1, width=4, noise=3)
+    again = build_generator(**generator_settings(generator))
+    again.load_state_dict(generator.state_dict())
+    image, noise = torch.rand(1, 1, 32, 32), torch.randn(1, generator.noise)
+    assert torch.equal(again(image, noise), generator(image, noise))
+
+
+@pytest.mark.parametrize(
+    ("images", "noise", "said"),
+    [
+        (torch.rand(2, 1, 32, 32), None, "takes 3 channel"),
+        (torch.rand(32, 32), None, "shape (32, 32)"),
+        (torch.rand(2, 3, 32, 32), torch.randn(1, 10), "must be (2, 10)"),
+    ],
+)
+def test_wrong_images_or_noise_are_refused(images, noise, said):
+    with pytest.raises(UsageError) as error:
+        Photometric()(images, noise)
+    assert said in str(error.value)
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UsageError, match="photometric, geometric, composite"):
+        build_generator("magic")

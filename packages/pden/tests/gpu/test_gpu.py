@@ -1,0 +1,59 @@
+"""On a GPU: the loop in fp32 and bf16, its resume, corruptions and operations on the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expkit.checkpoint import CheckpointStore
+from pden.baselines import BASELINES
+from pden.data.corruptions import CORRUPTIONS, corrupt
+from pden.training.state import capture, restore
+from pden.training.trainer import Trainer
+from tiny import finish, tiny_config, tiny_domain, weights
+
+CUDA = torch.device("cuda")
+
+
+def trainer(dtype: torch.dtype = torch.float32, **changes) -> Trainer:
+    return Trainer(tiny_config(**changes), tiny_domain(), tiny_domain(24, seed=1), device=CUDA, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["photometric", "geometric", "composite"])
+def test_the_loop_runs_on_the_device(dtype, kind):
+    run = trainer(dtype, generator__kinds=(kind,))
+    assert finish(run) == ["pretrained", "judged", "round", "round"]
+    assert torch.isfinite(weights(run)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", BASELINES)
+def test_baselines_run_on_the_device(method):
+    run = trainer(method=method)
+    run.baseline.growth = (2,) if run.baseline.growth else ()
+    finish(run)
+    assert torch.isfinite(weights(run)).all()
+
+
+@pytest.mark.gpu
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    whole, killed = trainer(), trainer()
+    finish(whole)
+    finish(killed, 12)
+    CheckpointStore(tmp_path).save(killed.clock.total, killed.task.state_dict(), capture(killed))
+    checkpoint = CheckpointStore(tmp_path).latest()
+    assert checkpoint is not None
+    again = trainer()
+    restore(again, checkpoint)
+    finish(again)
+    assert torch.allclose(weights(again), weights(whole), atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_run_on_the_device(name):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=CUDA)
+    made = corrupt(images, name, 3, torch.Generator(CUDA).manual_seed(0))
+    assert made.device.type == "cuda" and made.shape == images.shape

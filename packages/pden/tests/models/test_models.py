@@ -1,0 +1,72 @@
+"""Task models: sizes of the literature, one pass for all outputs, input scaling inside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expkit.errors import UsageError
+from pden.models import build_model
+from pden.models.scaling import to_unit
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_the_digits_net_has_the_literatures_layers():
+    model = build_model("digits", classes=10)
+    convolutions = 64 * 3 * 25 + 64 + 128 * 64 * 25 + 128
+    linear = 3200 * 1024 + 1024 + 1024 * 1024 + 1024
+    assert count(model) == convolutions + linear + (1024 * 10 + 10) + (1024 * 128 + 128)
+
+
+def test_wrn_16_4_has_its_2_7_million_weights():
+    model = build_model("wrn-16-4", classes=10, embedding=1)
+    assert 2.7e6 < count(model) < 2.8e6
+    assert sum(isinstance(each, torch.nn.Conv2d) for each in model.encoder.modules()) == 16  # 13 and 3 shortcuts
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size"),
+    [("digits", 1, 20), ("wrn-10-1", 3, 32), ("fcn-small", 3, 24), ("fcn-resnet50", 1, 32)],
+)
+def test_one_pass_gives_logits_normalised_embeddings_and_features(name, channels, size):
+    model = build_model(name, classes=4, channels=channels, size=size, embedding=6).eval()
+    images = torch.rand(2, channels, size, size)
+    output = model.full(images)
+    assert output.logits.shape == ((2, 4, size, size) if name.startswith("fcn") else (2, 4))
+    assert output.embeddings.shape == (2, 6)
+    assert torch.allclose(output.embeddings.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert output.features.shape[0] == 2 and output.features.dim() == 2
+    assert torch.equal(model(images), output.logits)
+
+
+def test_the_encoder_sees_images_from_minus_one_to_one():
+    model = build_model("digits", classes=3, size=16, width=0.1)
+    seen = []
+    model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 16, 16))
+    assert torch.equal(seen[0][:, 0, 0, 0], torch.tensor([-1.0, 0.0, 1.0]))
+    assert to_unit(torch.tensor(0.25)) == -0.5
+
+
+def test_a_timm_backbone_is_an_encoder():
+    pytest.importorskip("timm")
+    model = build_model("timm:resnet10t", classes=3, channels=1, size=32)
+    assert model.full(torch.rand(2, 1, 32, 32)).logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "digits", "classes": 1}, "at least 2"),
+        ({"name": "digits", "classes": 3, "size": 8}, "at least 16 pixels"),
+        ({"name": "wrn-15-4", "classes": 3}, "10, 16, 22"),
+        ({"name": "magic", "classes": 3}, "wrn-DEPTH-FACTOR"),
+    ],
+)
+def test_impossible_models_are_refused(settings, said):
+    with pytest.raises(UsageError) as error:
+        build_model(**settings)
+    assert said in str(error.value)

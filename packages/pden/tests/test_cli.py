@@ -1,0 +1,218 @@
+"""The command line: what it writes, one line and exit code 2 on wrong use, resume after a kill, a quick --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pden
+from expkit.checkpoint import load_tensors
+from expkit.cli import main
+from pden.cli import build
+
+SHORT = [
+    "--set",
+    "pretrain_steps=20",
+    "--set",
+    "round_steps=8",
+    "--set",
+    "gate.judge_steps=4",
+    "--set",
+    "gate.mode=record",
+]
+TINY = ["train", "--preset", "tiny", *SHORT]
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(build(), [str(each) for each in arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on the embedded digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert (
+        run(*TINY, "--source", "digits", "--target", "digits-thick", "--runs", folder, "--json", folder / "out.json")
+        == 0
+    )
+    return folder / "tiny"
+
+
+def test_train_leaves_model_figures_and_pictures(trained):
+    result = json.loads((trained.parent / "out.json").read_text())
+    assert {"command", "seed", "versions", "hardware", "git", "started"} < result.keys()
+    assert set(result["selections"]) == {"last", "averaged", "source-validation", "oracle"}
+    assert 0 < result["selections"]["last"]["targets"]["digits-thick"] <= 1
+    assert [each["round"] for each in result["history"]] == [0, 1, 2]
+    assert len(result["reports"]) == result["domains"] == 2
+    assert result == json.loads((trained / "result.json").read_text())
+    for name in ("curve.png", "gallery.png"):
+        with Image.open(trained / name) as picture:
+            assert min(picture.size) > 100
+    assert {"config.toml", "env.json", "metrics.jsonl", "checkpoints", "model"} <= {
+        each.name for each in trained.iterdir()
+    }
+
+
+def test_load_gives_model_and_transforms(trained):
+    found = pden.load(trained)
+    assert len(found.generators) == 2 and found.classes == tuple("0123456789")
+    images = pden.load_domain("digits", pden.Home.of()).images[:8]
+    labels, probabilities = found.predict(images)
+    assert labels.shape == (8,) and ((0 < probabilities) & (probabilities <= 1)).all()
+    assert torch.equal(labels, found.predict(images[:, :1])[0])  # grey is copied to colour
+    assert found.generators[0](images[0]).dtype == torch.uint8
+    averaged = pden.load(trained, "averaged")
+    assert not torch.equal(averaged.predict(images)[1], probabilities)
+
+
+def test_eval_measures_the_same_as_training(trained, tmp_path, capsys):
+    out = tmp_path / "eval.json"
+    assert run("eval", trained, "--target", "digits-thick", "--selection", "all", "--json", out) == 0
+    found = json.loads(out.read_text())["selections"]
+    trained_on = json.loads((trained / "result.json").read_text())["selections"]
+    for name in ("last", "averaged", "source-validation"):
+        value = found[name]["targets"]["digits-thick"]["accuracy"]
+        assert value == pytest.approx(trained_on[name]["targets"]["digits-thick"], abs=1e-6)
+    assert "last  average" in capsys.readouterr().out
+
+
+def test_a_class_that_a_target_lacks_is_said(trained, tmp_path, capsys):
+    file = tmp_path / "few.npz"
+    np.savez(file, x=np.zeros((4, 28, 28), dtype=np.uint8), y=np.array([0, 1, 2, 3]))
+    assert run("eval", trained, "--target", f"few={file}#x,y") == 0
+    assert "few has no image of 4, 5, 6, 7, 8, 9: scored on the other classes" in capsys.readouterr().err
+
+
+def test_gallery_is_a_picture(trained, tmp_path):
+    assert run("gallery", trained, "--out", tmp_path / "g.png", "--columns", 5) == 0
+    with Image.open(tmp_path / "g.png") as picture:
+        assert picture.width > 300 and picture.height > 150
+
+
+def test_expand_writes_a_folder_that_train_reads(trained, tmp_path, capsys):
+    out = tmp_path / "expanded"
+    assert run("expand", trained, "--out", out, "--limit", 40) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert len(manifest["images"]) == 80 and len(manifest["domains"]) == 2
+    assert all((out / each["file"]).is_file() for each in manifest["images"])
+    domain = pden.load_domain(str(out / "domain-02"), pden.Home.of())
+    assert len(domain) == 40 and domain.classes == tuple("0123456789")
+    assert run("expand", trained, "--out", out) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_predict_says_a_label_for_each_image(trained, tmp_path, capsys):
+    for number in range(3):
+        Image.new("L" if number else "RGB", (20 + number, 40), 100).save(tmp_path / f"{number}.png")
+    assert run("predict", trained, tmp_path, tmp_path / "0.png", "--json", tmp_path / "p.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].split("\t")[1] in "0123456789"
+    assert len(json.loads((tmp_path / "p.json").read_text())["predictions"]) == 4
+
+
+def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys):
+    options = ["--target", "digits-thick", "--runs", tmp_path / "runs", "--rounds", 0, "--method", "erm"]
+    assert run(*TINY, *options, "--name", "erm", "--seeds", "0,1", "--jobs", 2, "--json", tmp_path / "s.json") == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["seeds"] == [0, 1] and found["selections"]["last"]["digits-thick"]["std"] > 0
+    outs = [tmp_path / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
+    written = [word for out in outs for word in ("--out", out)]
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert run("compare", *runs, *written, "--plot", tmp_path / "c.png", "--json", tmp_path / "c.json") == 0
+    assert all(out.read_text() for out in outs) and (tmp_path / "c.png").is_file()
+    assert json.loads((tmp_path / "c.json").read_text())["methods"]["erm"]["seeds"] == [0, 1]
+    assert "selection: last; seeds: erm [0, 1]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--preset", "huge"], 'unknown preset "huge"'),
+        (["train", "--config", "missing.toml"], "missing.toml"),
+        (["train", "--preset", "tiny", "--config", "x.toml"], "not both"),
+        (["train", "--set", "loss.cicle=1"], 'did you mean "loss.cycle"'),
+        (["train", "--set", "rounds"], "KEY=VALUE"),
+        (["train", "--rounds", "-1"], "rounds is -1"),
+        (["train", "--method", "magic"], "'magic' is not one of"),
+        (["train", "--preset", "tiny", "--source", "mnist_m"], 'did you mean "mnist-m"'),
+        (["train", "--preset", "tiny", "--target", "digits"], 'target "digits" is the source'),
+        (["train", "--preset", "tiny", "--seeds", "many", "--target", "usps"], "write a count"),
+        (["train", "--preset", "tiny", "--seeds", "2"], "name at least one with --target"),
+        (["train", "--preset", "tiny", "--dtype", "fp16"], "float16 is not supported"),
+        (["train", "--preset", "tiny", "--target", "syn-like", "--set", "data.channels=1"], "the model takes 1"),
+        (["eval", "nowhere", "--target", "usps"], "no trained model"),
+        (["eval", "nowhere"], "--target"),
+        (["predict", "nowhere", "none.png"], "no trained model"),
+        (["gallery", "nowhere"], "no trained model"),
+        (["compare", "nowhere"], "no finished run"),
+        (["train", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    message = capsys.readouterr().err.strip()
+    assert said in message and "Traceback" not in message
+    assert message.count("\n") == 0
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_a_run_is_not_overwritten(trained, capsys):
+    assert run(*TINY, "--runs", trained.parent) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_no_rounds_are_said_to_be_erm(tmp_path, capsys):
+    assert run(*TINY, "--rounds", 0, "--runs", tmp_path) == 0
+    assert "this is plain training on the source (ERM)" in capsys.readouterr().err
+    assert run("gallery", tmp_path / "tiny") == 2
+    assert "no expanded domains" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_model(trained, tmp_path):
+    options = ["--source", "digits", "--target", "digits-thick", "--runs", str(tmp_path)]
+    settings = ["--set", "checkpoint_every=5"]
+    command = [sys.executable, "-m", "pden", *TINY, *options, *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "tiny" / "checkpoints").glob("step_*25"))) == 0 and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "tiny" / "result.json").exists()
+    assert run(*TINY, *options, *settings, "--resume") == 0
+    again, whole = (
+        load_tensors(folder / "tiny" / "model" / "last.safetensors") for folder in (tmp_path, trained.parent)
+    )
+    assert all(torch.equal(again[key], value) for key, value in whole.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+def test_help_is_quick():
+    """Nothing heavy is imported; the best of a few, since other work may run beside the tests."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-m", "pden", "--help"], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - started)
+    assert "demo" in shown.stdout
+    assert min(times) < 2.0
