@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coral_spec.training.csra import CsraConfig
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -137,6 +139,7 @@ class TrainConfig:
     compile: Literal["none", "loss", "all"] = "none"
     log_every: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
+    csra: CsraConfig = field(default_factory=CsraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -145,4 +148,9 @@ class TrainConfig:
         _require(1 <= self.align_steps <= 8, f"align_steps is {self.align_steps}; it must be 1 to 8")
         _require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be 1 or more")
         _require(len(self.data) >= 1, "data names no folder")
+        _require(
+            self.align_steps > 1 or self.csra.weight == 0,
+            f"csra.weight is {self.csra.weight}, but align_steps is 1: there is no other step to be aligned with; "
+            "use align_steps of 2 or more, or csra.weight 0",
+        )
         _require(self.noise >= 0 and self.max_minutes >= 0, "noise and max_minutes must be 0 or more")

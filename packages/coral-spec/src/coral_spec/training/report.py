@@ -17,6 +17,8 @@ from expkit.checkpoint import atomic_path
 def model_card(config: TrainConfig, result: Mapping[str, Any], manifests: Sequence[Manifest]) -> str:
     """Markdown that says what the drafter is for, how it was trained and how well it did."""
     recipe = "EAGLE-2's (1 step)" if config.align_steps == 1 else f"HASS's ({config.align_steps} harmonised steps)"
+    if config.csra.weight > 0:
+        recipe = f"CORAL's ({config.align_steps} harmonised steps, aligned with weight {config.csra.weight:g})"
     rates = ", ".join(f"{rate:.3f}" for rate in result["rates"])
     sources = "\n".join(
         f"* {manifest.rows:,} answers of {manifest.model} at temperature {manifest.temperature}, "

@@ -9,9 +9,9 @@ from typing import Any
 from coral_spec.targets import Target
 from coral_spec.training.config import TrainConfig
 from coral_spec.training.data import Answers, Manifest, require_same_target
-from coral_spec.training.evaluate import Acceptance
+from coral_spec.training.loop import Loop, Scores, fit
 from coral_spec.training.report import model_card, plot_curves, save_drafter
-from coral_spec.training.trainer import Trainer, fit
+from coral_spec.training.trainer import Trainer
 from expkit.checkpoint import CheckpointStore, write_json
 from expkit.cli import console, progress
 from expkit.device import peak_memory
@@ -77,7 +77,7 @@ def train(config: TrainConfig, target: Target, runs: Path, world: World, *, resu
     return _finish(trainer, run, manifests, record)
 
 
-def _fit_along(trainer: Trainer) -> None:
+def _fit_along(trainer: Loop) -> None:
     """The part of processes that write nothing: metrics are averaged over all, so they take part in that."""
     schedule = trainer.config
 
@@ -85,7 +85,7 @@ def _fit_along(trainer: Trainer) -> None:
         if _logs_now(schedule, trainer.clock.step) and trainer.progress() < 1:
             trainer.take_metrics()
 
-    def on_evaluation(_: Acceptance | None) -> None:
+    def on_evaluation(_: Scores | None) -> None:
         trainer.take_metrics()
 
     fit(trainer, on_step, on_evaluation)
@@ -95,7 +95,7 @@ def _logs_now(config: TrainConfig, step: int) -> bool:
     return step % config.log_every == 0 and step % config.evaluation.every != 0
 
 
-def _fit_with_records(trainer: Trainer, run: RunDir) -> None:
+def _fit_with_records(trainer: Loop, run: RunDir) -> None:
     config, clock = trainer.config, trainer.clock
     console().print(
         f"{config.target}, {config.align_steps} step(s), {len(trainer.training_rows)} answers, "
@@ -121,14 +121,13 @@ def _fit_with_records(trainer: Trainer, run: RunDir) -> None:
             if _logs_now(config, trainer.clock.step) and trainer.progress() < 1:
                 log()
 
-        def on_evaluation(found: Acceptance | None) -> None:
+        def on_evaluation(found: Scores | None) -> None:
             assert found is not None
-            rates = {f"rate_{depth}": rate for depth, rate in enumerate(found.rates, start=1)}
-            log(tau_sim=found.tau, epoch=float(trainer.plan.epoch_of(trainer.clock.step - 1)), **rates)
-            better = found.tau > trainer.clock.best
-            trainer.clock.best = max(found.tau, trainer.clock.best)
-            run.checkpoints.save(trainer.clock.step, trainer.drafter.state_dict(), trainer.state(), best=better)
-            bar.update(task, description=f"{config.name}: {found.tau:.2f} tokens per round")
+            log(epoch=float(trainer.plan.epoch_of(trainer.clock.step - 1)), **found.figures)
+            better = found.score > trainer.clock.best
+            trainer.clock.best = max(found.score, trainer.clock.best)
+            run.checkpoints.save(trainer.clock.step, trainer.module.state_dict(), trainer.state(), best=better)
+            bar.update(task, description=f"{config.name}: {trainer.said.format(found.score)}")
 
         fit(trainer, on_step, on_evaluation)
 
