@@ -144,5 +144,5 @@ def test_saved_groupings_load_and_damaged_or_foreign_ones_are_refused(tmp_path: 
     path.write_bytes(bytes(content))
     with pytest.raises(UsageError):
         Grouping.load(tmp_path, VOCAB)
-    with pytest.raises(UsageError, match="does not exist|No such|missing"):
+    with pytest.raises(UsageError, match=r"does not exist|No such|missing"):
         Grouping.load(tmp_path / "none", VOCAB)

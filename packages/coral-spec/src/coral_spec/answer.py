@@ -127,6 +127,7 @@ class Answer:
         self._pieces = self._run()
         self._seconds = self._prefill_seconds = 0.0
         self._watch: Stopwatch | None = None
+        self._figures: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[str]:
         return (piece for piece in self._pieces if piece)
@@ -146,10 +147,12 @@ class Answer:
         session.busy = True
         try:
             session.reserve(capacity)
+            session.draft.take_figures()  # an earlier answer's
             yield from self._decode(session, started)
         finally:  # also when the iteration is given up
             session.settle()
             session.busy = False
+            self._figures = session.draft.take_figures()
             self._seconds = time.perf_counter() - started
             if own:
                 self._model.release(session)
@@ -219,6 +222,8 @@ class Answer:
             depth=session.draft.depth,
             time_split=self._watch.split() if self._watch else {},
             cache_bytes=session.nbytes(),
+            rows_per_round=int(self._figures.get("rows_per_round", 0)),
+            router_recall=self._figures.get("router_recall"),
         )
         logits = torch.cat(self._logits)[: len(self._tokens)].cpu() if self._logits else None
         return Generation(

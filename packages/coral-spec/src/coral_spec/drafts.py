@@ -48,6 +48,10 @@ class Draft(Protocol):
         """What :meth:`absorb` changes, but for caches."""
         ...
 
+    def take_figures(self) -> dict[str, float]:
+        """Telemetry since the last call: `rows_per_round`, and with a router `router_recall`."""
+        ...
+
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """A tree under the newest token.
 
@@ -75,6 +79,10 @@ class NoDraft:
     def state(self) -> list[Tensor]:
         """None."""
         return []
+
+    def take_figures(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """The root alone."""
@@ -106,6 +114,10 @@ class NgramDraft:
     def state(self) -> list[Tensor]:
         """None."""
         return []
+
+    def take_figures(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`. Without any match the root alone is verified."""
@@ -177,6 +189,8 @@ class DrafterDraft:
         self._backbone, self._layers = backbone, drafter
         self._store = SlotStore(0)
         self._feature: Tensor = torch.empty(0)  # (batch, hidden): predicted for the newest token
+        self._seen = torch.zeros(2, dtype=torch.long, device=backbone.target.device)  # see ProposalHead.seen
+        self._proposed = False
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :class:`Draft`."""
@@ -186,6 +200,11 @@ class DrafterDraft:
 
     def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
         """See :class:`Draft`."""
+        if self._proposed:  # else these are a prompt's tokens
+            self._proposed = False
+            seen = self.head.seen(tokens, counts)
+            if seen is not None:
+                self._seen += seen
         total = tokens.shape[1]
         for begin in range(0, total, PREFILL_CHUNK):
             end = min(begin + PREFILL_CHUNK, total)
@@ -201,8 +220,15 @@ class DrafterDraft:
             self._feature = feature
 
     def state(self) -> list[Tensor]:
-        """The predicted feature."""
-        return [self._feature]
+        """The predicted feature, and what telemetry counts."""
+        return [self._feature, self._seen]
+
+    def take_figures(self) -> dict[str, float]:
+        """See :class:`Draft`."""
+        found, drawn = self._seen.tolist()
+        self._seen.zero_()
+        figures = {"rows_per_round": float(self.head.rows * self.shape.depth)}
+        return {**figures, "router_recall": found / drawn} if drawn else figures
 
     def _forward(
         self, tokens: Tensor, features: Tensor, lengths: Tensor, offset: int, ancestors: Tensor, filled: int
@@ -223,20 +249,21 @@ class DrafterDraft:
         root = history.gather(1, lengths[:, None])[:, 0]
         pool = Pool(batch, shape, device)
         watch.lap("drafter")
-        log_probs, children = self._children(self._feature[:, None], watch)
+        self._proposed = True
+        log_probs, children = self._children(self._feature[:, None], None, watch)
         frontier = pool.start(log_probs[:, 0], children[:, 0])
         features = self._feature[:, None].expand(-1, width, -1)
         for level in range(shape.depth - 1):
             predicted = self._forward(frontier.tokens, features, lengths, level * width, frontier.ancestors, filled)
             watch.lap("drafter")
-            log_probs, children = self._children(predicted, watch)
+            log_probs, children = self._children(predicted, frontier.scores, watch)
             grown = pool.extend(frontier, log_probs, children, last=level == shape.depth - 2)
             if grown is not None:
                 frontier, above = grown
                 features = predicted.gather(1, above[:, :, None].expand(-1, -1, predicted.shape[2]))
         return pool.rerank(root, shape.budget, shape.depth)
 
-    def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-        best = self.head.top(features, self.shape.width)
+    def _children(self, features: Tensor, scores: Tensor | None, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+        best = self.head.top(features, self.shape.width, scores)
         watch.lap("head")
         return best

@@ -1,9 +1,9 @@
 """Groupings of the head's rows: which rows are read together while drafting.
 
-A grouping is a permutation of the vocabulary into equal slabs, the first of which are always read. A vocabulary that the
-number of groups does not divide leaves places empty, spread over the groups; no row is ever dropped. Three ways to
-group: by frequency rank ("contiguous"), balanced k-means on the head's rows ("kmeans"), and balanced k-means on what the
-training answers have before each token ("cooccurrence"). CORAL groups the head's rows; how is ours to decide.
+A grouping is a permutation of the vocabulary into equal slabs, the first of which are always read. A vocabulary that
+the number of groups does not divide leaves places empty, spread over the groups; no row is ever dropped. Three ways
+to group: by frequency rank ("contiguous"), balanced k-means on the head's rows ("kmeans"), and balanced k-means on
+what the training answers have before each token ("cooccurrence"). CORAL groups the head's rows; how is ours to decide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Grouping:
     """Equal groups of head rows.
 
     Attributes:
-        slots: int64 ``(groups, rows)`` on the CPU: the token of every row of every slab, :data:`EMPTY` where there is none.
+        slots: int64 ``(groups, rows)`` on the CPU: the token of every row of every slab, :data:`EMPTY` where there is
+            none.
         always: leading groups that are read at every level.
         kind: how it was made.
     """
@@ -258,6 +259,6 @@ def context_profiles(answers: Answers, vocab_size: int, *, seed: int) -> Tensor:
     profiles = torch.zeros(vocab_size, SKETCH)
     for back in range(1, WINDOW + 1):
         counted = ((inside >= answers.prompt_lengths[row]) & (inside >= back)).nonzero().squeeze(1)
-        for part in counted.split(CHUNK):
+        for part in counted.split(CHUNK):  # type: ignore[no-untyped-call]
             profiles.index_add_(0, tokens[part], directions[tokens[part - back]])
     return profiles

@@ -26,6 +26,9 @@ class Statistics:
         time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``. Where rounds are
             captured as CUDA graphs they are one part, ``rounds``, and the others are what came before them.
         cache_bytes: bytes held by the key-value caches.
+        rows_per_round: head rows that the drafter read in a round, all levels together; 0 without a drafter.
+        router_recall: with a routed head, the share of the tokens that the target drew, at nodes whose children were
+            drafted, that were among the rows read there; None otherwise.
     """
 
     prompt_tokens: int
@@ -36,6 +39,8 @@ class Statistics:
     depth: int
     time_split: dict[str, float]
     cache_bytes: int = 0
+    rows_per_round: int = 0
+    router_recall: float | None = None
 
     @property
     def rounds(self) -> int:
