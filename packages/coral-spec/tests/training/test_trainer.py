@@ -14,7 +14,7 @@ from torch.nn import functional
 from coral_spec.drafter import Drafter, load_ranking
 from coral_spec.targets import Target
 from coral_spec.training import run as run_module
-from coral_spec.training.config import BatchConfig, LossConfig, OptimizerConfig, TrainConfig
+from coral_spec.training.config import BatchConfig, LossConfig, OptimizerConfig, RouterConfig, TrainConfig
 from coral_spec.training.csra import CsraConfig
 from coral_spec.training.data import Answers
 from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
@@ -265,7 +265,9 @@ def test_presets_train_drafters_that_differ_in_steps_and_alignment_only(name: st
     twin = load_config(TrainConfig, folder / "hass.toml")
     assert preset.align_steps == steps
     assert (preset.csra.weight > 0) == (name == "coral")
-    assert replace(preset, align_steps=3, name="", csra=CsraConfig()) == replace(twin, name="")
+    assert ("router" in preset.stages) == (name == "coral")
+    same = {"name": "", "align_steps": 3, "csra": CsraConfig(), "stages": ("drafter",), "router": RouterConfig()}
+    assert replace(preset, **same) == replace(twin, **same)
 
 
 def test_missing_plots_do_not_stop_a_run(

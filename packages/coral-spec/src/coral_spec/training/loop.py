@@ -11,6 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +43,7 @@ class Clock:
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
-    best: float = 0.0
+    best: float = float("-inf")
 
 
 class Scores(Protocol):
@@ -126,6 +127,9 @@ class Loop(ABC):
     @abstractmethod
     def evaluate(self) -> Scores:
         """Scores on the held-out answers."""
+
+    def keep(self, folder: Path) -> None:  # noqa: B027
+        """Write what a resumed run needs beside its checkpoints into the run's folder, where it is not there yet."""
 
     def progress(self) -> float:
         """Share of the run that is done: by steps, or by the clock where the configuration has a time limit."""
