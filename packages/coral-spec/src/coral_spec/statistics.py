@@ -64,6 +64,12 @@ class Statistics:
         """New tokens over the whole time."""
         return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
 
+    @property
+    def telemetry(self) -> dict[str, float]:
+        """`rows_per_round` and `router_recall`, where there are such things."""
+        figures = {"rows_per_round": self.rows_per_round or None, "router_recall": self.router_recall}
+        return {name: float(value) for name, value in figures.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """All figures, derived ones included, as JSON holds them."""
         derived = {name: getattr(self, name) for name in ("rounds", "tau", "depth_acceptance", "tokens_per_second")}
