@@ -89,11 +89,11 @@ def test_a_router_can_be_trained_for_a_drafter_that_is_there(
     target: Target, data: Path, tmp_path: Path, grouping: Any
 ) -> None:
     there = save_drafter(target, tmp_path / "there")
-    settings = replace(ROUTER, grouping=grouping, scores="renormalised")
+    settings = replace(ROUTER, grouping=grouping, scores="hierarchical")
     config = stages_config(data, "router", drafter=there, router=settings)
     run_stages(config, target, tmp_path, ALONE)
     routing = Routing.load(tmp_path / "run" / "drafter", target, 259, 32)
-    assert (routing.grouping.kind, routing.active, routing.scores) == (grouping, 2, "renormalised")
+    assert (routing.grouping.kind, routing.active, routing.scores) == (grouping, 2, "hierarchical")
     assert not (there / "router.safetensors").exists()
     same = (each / "drafter.safetensors" for each in (there, tmp_path / "run" / "drafter"))
     assert len({path.read_bytes() for path in same}) == 1

@@ -55,9 +55,9 @@ def table(runs: Sequence[Figures]) -> Table:
     """For the terminal."""
     out = Table(title="greedy" if not runs[0]["temperature"] else f"temperature {runs[0]['temperature']}")
     for column in ("task", "drafter", "head"):
-        out.add_column(column, no_wrap=True)
-    for column in ("rows per round", "recall", "tau (prompts)", "accepted per depth", "looped"):
-        out.add_column(column, justify="right")
+        out.add_column(column, overflow="fold")
+    for column in ("rows a round", "recall", "tau (prompts)", "looped"):
+        out.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         tau = "-" if run["tau"] is None else f"{run['tau']:.3f} ({run['tau_prompts']:.3f})"
         out.add_row(
@@ -67,7 +67,6 @@ def table(runs: Sequence[Figures]) -> Table:
             "-" if run["rows_per_round"] is None else f"{run['rows_per_round']:,.0f}",
             "-" if run["router_recall"] is None else f"{run['router_recall']:.3f}",
             tau,
-            " ".join(f"{rate:.2f}" for rate in run["depth_acceptance"]),
             f"{run['looped']:.0%}",
         )
     return out

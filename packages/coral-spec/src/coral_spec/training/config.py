@@ -177,7 +177,7 @@ class RouterConfig:
     always: int = 1
     active: int = 11
     grouping: Literal["contiguous", "kmeans", "cooccurrence"] = "kmeans"
-    scores: Literal["hierarchical", "renormalised"] = "hierarchical"
+    scores: Literal["hierarchical", "renormalised"] = "renormalised"
     steps: int = 1000
     max_minutes: float = 0.0
     lr: float = 1e-3

@@ -155,7 +155,15 @@ def _fit_with_records(trainer: Loop, run: RunDir) -> None:
             before = (clock.seconds, clock.tokens)
             rate = trainer.optimizer.param_groups[0]["lr"]
             speed = tokens / max(seconds, 1e-9)
-            run.metrics.log(clock.step, lr=rate, seconds=clock.seconds, tokens_per_second=speed, **metrics, **extra)
+            run.metrics.log(
+                clock.step,
+                lr=rate,
+                seconds=clock.seconds,
+                tokens=float(clock.tokens),
+                tokens_per_second=speed,
+                **metrics,
+                **extra,
+            )
 
         def on_step() -> None:
             bar.update(task, completed=trainer.clock.step)

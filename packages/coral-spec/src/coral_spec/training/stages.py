@@ -75,8 +75,8 @@ def run_stages(
         own = config if stage == "drafter" else _own_settings(stage, config)
         outcome = _finished(at, own) if resume else None
         if outcome is None:
-            # of a run that was killed in an earlier stage, this one has not begun yet
-            again = resume and ((at / "config.toml").is_file() or stage == stages[0])
+            # of a run that was killed before, this stage may not have begun yet
+            again = resume and ((at / "config.toml").is_file() or (stage == stages[0] and not folder.is_dir()))
             if stage == "drafter":
                 outcome = train(config, target, runs, world, resume=again)
             else:
