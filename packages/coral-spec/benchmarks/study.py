@@ -243,7 +243,8 @@ class Study:
     def run(self, lease: str, minutes: float) -> int:
         """Do what of a lease is left and fits; the number of steps that are left after it."""
         ends, left = time.monotonic() + 60 * minutes, 0
-        for step in self.leases()[lease]:
+        for number in range(len(self.leases()[lease])):
+            step = self.leases()[lease][number]  # anew: where drafters lie depends on the steps before
             if all((self.work / out).exists() for out in step.commands):
                 self.keep(step)
             elif time.monotonic() + 60 * step.minutes > ends:

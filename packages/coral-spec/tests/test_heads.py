@@ -22,6 +22,7 @@ from coral_spec.heads.routed import grouped_top
 from coral_spec.model import load
 from coral_spec.router import Router, Routing, choose_groups
 from coral_spec.targets import Target
+from coral_spec.tree import TreeShape
 from drafting import PROMPT, SMALL, save_drafter
 from expkit.errors import UsageError
 from tiny import tiny_target
@@ -228,6 +229,16 @@ def test_a_head_that_cannot_be_is_told_in_one_line(target: Target, folder: Path,
     with pytest.raises(UsageError, match=said) as refused:
         load(target, draft=str(folder), head=head)
     assert "\n" not in str(refused.value)
+
+
+def test_trees_are_no_wider_than_the_tokens_of_the_smallest_groups(target: Target, tmp_path: Path) -> None:
+    folder = save_drafter(target, tmp_path)
+    routing_for(target, groups=60, active=2).save(folder, target.tokenizer_hash)  # of 4 or 5 tokens in 5 places
+    with pytest.raises(UsageError, match="tree width is 14, but the head has only 13 rows"):
+        load(target, draft=str(folder), head="routed", tree=TreeShape(2, 14, 20))
+    widest = load(target, draft=str(folder), head="routed", tree=TreeShape(2, 13, 20))
+    assert len(widest.generate(PROMPT, max_new_tokens=8, ignore_eos=True).token_ids) == 8
+    assert load(target, draft=str(folder), head="routed").tuner is not None  # times what there is, and no more
 
 
 def test_heads_are_read_from_text() -> None:

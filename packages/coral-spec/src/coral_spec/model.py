@@ -136,8 +136,8 @@ class Model:
         drafter = FusedDrafter(loaded)
         proposals = make_head(self._backbone, folder, head, loaded)
         self.head_rows = proposals.rows
-        if self._tree is not None and self._tree.width > proposals.rows:
-            raise UsageError(f"tree width is {self._tree.width}, but the head has only {proposals.rows} rows")
+        if self._tree is not None and self._tree.width > proposals.choices:
+            raise UsageError(f"tree width is {self._tree.width}, but the head has only {proposals.choices} rows")
 
         def make(shape: TreeShape | None) -> Draft:
             return DrafterDraft(self._backbone, drafter, proposals, shape) if shape else NoDraft()
@@ -155,7 +155,7 @@ class Model:
         costs = cached(
             {**costs_key(backbone, drafter, head.rows), **({"head": head.kind} if head.kind in OTHER_HEADS else {})},
             timings_folder(),
-            lambda: measure(lambda shape: Session(backbone, make(shape), CAPACITY), most_rows=head.rows),
+            lambda: measure(lambda shape: Session(backbone, make(shape), CAPACITY), most_rows=head.choices),
         )
         return Tuner(costs, acceptance_profile(folder, head.rows), own=(folder / ACCEPTANCE).is_file())
 

@@ -20,6 +20,11 @@ class ProposalHead(ABC):
     kind: str
     rows: int
 
+    @property
+    def choices(self) -> int:
+        """Tokens that a node can be given at least, which bounds the width of trees."""
+        return self.rows
+
     @abstractmethod
     def top(self, features: Tensor, count: int, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The ``count`` best tokens of the nodes of one tree level, ``features (batch, nodes, hidden)``.

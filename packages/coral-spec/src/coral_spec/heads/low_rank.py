@@ -102,7 +102,13 @@ class LowRankHead(ProposalHead):
         weights = factors.down.weight.numel() + factors.up.weight.numel()
         self.rows = -(-weights // int(output.weight.shape[1]))
         factors = factors.to(output.weight.device, output.weight.dtype).requires_grad_(False)
+        self._vocab_size = backbone.vocab_size
         self._down, self._up = packed(factors.down), packed(factors.up)
+
+    @property
+    def choices(self) -> int:
+        """All tokens."""
+        return self._vocab_size
 
     def top(self, features: Tensor, count: int, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :class:`ProposalHead`."""

@@ -91,6 +91,14 @@ class RoutedHead(ProposalHead):
         self._slabs = slabs if self._packed is None else None
         self._levels: list[Tensor] = []  # the groups that each level of the last tree has read
 
+    @property
+    def choices(self) -> int:
+        """Tokens of the groups that are always read and of the smallest others."""
+        grouping, active = self._routing.grouping, self._routing.active
+        sizes = (grouping.slots != EMPTY).sum(dim=1)
+        fixed, others = sizes[: grouping.always], sizes[grouping.always :].sort().values
+        return int(fixed.sum() + others[:active].sum())
+
     def top(self, features: Tensor, count: int, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See :class:`ProposalHead`."""
         routing = self._routing
