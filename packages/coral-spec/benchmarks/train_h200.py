@@ -85,7 +85,7 @@ def train(arguments: argparse.Namespace, extra: list[str]) -> int:
     for preset in arguments.presets.split(","):
         name = preset + arguments.suffix
         options: list[object] = ["--config", CONFIGS / f"{preset}.toml", "--name", name, "--runs", runs]
-        options += ["--model", arguments.model]
+        options += ["--model", arguments.model, "--stages", "drafter"]
         for folder in arguments.answers or [arguments.work / "answers"]:
             options += ["--data", folder]
         if arguments.minutes:

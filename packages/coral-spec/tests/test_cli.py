@@ -130,7 +130,7 @@ def test_readme_commands_and_python_run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text("".join(f'{{"prompt": "tell me about {number}"}}\n' for number in range(12)))
     config = next(block for block in blocks if block.startswith("toml")).removeprefix("toml")
-    settings = "\n[evaluation]\nprompts = 2\nevery = 2\n[batch]\ntokens = 512\n"
+    settings = "\n[evaluation]\nprompts = 2\nevery = 2\n[batch]\ntokens = 512\n[router]\nsteps = 2\n"
     Path("drafter.toml").write_text(config.replace("MODEL", folder).replace("6000", "2") + settings)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
     assert run("generate", "hi", "--model", folder, "--max-new-tokens", "2") == 0
@@ -141,6 +141,7 @@ def test_readme_commands_and_python_run(folder, tmp_path, monkeypatch, capsys):
         "check": ["--max-new-tokens", "4", "--limit", "1"],
         "demo": ["--max-new-tokens", "4", "--prompts", "1"],
         "data": ["--max-new-tokens", "12"],
+        "eval": ["--max-new-tokens", "4", "--limit", "1"],
     }
     for line in lines:
         words = [folder if word == "MODEL" else word for word in shlex.split(line)[1:]]

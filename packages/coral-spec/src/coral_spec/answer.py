@@ -129,6 +129,7 @@ class Answer:
         self._seconds = self._prefill_seconds = 0.0
         self._watch: Stopwatch | None = None
         self._shares: dict[str, float] = {}
+        self._figures: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[str]:
         return (piece for piece in self._pieces if piece)
@@ -148,11 +149,13 @@ class Answer:
         session.busy = True
         try:
             session.reserve(capacity)
+            session.draft.take_figures()  # an earlier answer's
             yield from self._decode(session, started)
         finally:  # also when the iteration is given up
             session.settle()
             self._shares = session.shares()
             session.busy = False
+            self._figures = session.draft.take_figures()
             self._seconds = time.perf_counter() - started
             if own:
                 self._model.release(session)
@@ -223,6 +226,8 @@ class Answer:
             time_split=self._watch.split(self._shares) if self._watch else {},
             cache_bytes=session.nbytes(),
             memory_bytes=peak_memory(session.device),
+            rows_per_round=int(self._figures.get("rows_per_round", 0)),
+            router_recall=self._figures.get("router_recall"),
         )
         logits = torch.cat(self._logits)[: len(self._tokens)].cpu() if self._logits else None
         return Generation(

@@ -74,6 +74,12 @@ class Backbone:
         """See :func:`finish_logits`."""
         return finish_logits(self.config, logits)
 
+    @property
+    def leaves_logits_alone(self) -> bool:
+        """Whether :meth:`finish_logits` does nothing."""
+        probe = torch.full((1,), 2.0)
+        return torch.equal(self.finish_logits(probe), probe)
+
     def forward(
         self,
         tokens: Tensor,

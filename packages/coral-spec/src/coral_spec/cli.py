@@ -12,7 +12,7 @@ import typer
 
 from expkit import cli as manner
 
-VERBS = ("generate", "chat", "bench", "check", "data", "train", "estimate", "models", "demo")
+VERBS = ("generate", "chat", "bench", "check", "data", "train", "eval", "estimate", "models", "demo")
 HELP = "Speculative decoding for language models: the same words, sooner."
 
 

@@ -51,6 +51,10 @@ class Draft(Protocol):
         """What :meth:`absorb` changes, but for caches."""
         ...
 
+    def take_figures(self) -> dict[str, float]:
+        """Telemetry since the last call: `rows_per_round`, and with a router `router_recall`."""
+        ...
+
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """A tree under the newest token.
 
@@ -79,6 +83,10 @@ class NoDraft:
     def state(self) -> list[Tensor]:
         """None."""
         return []
+
+    def take_figures(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """The root alone."""
@@ -112,6 +120,10 @@ class NgramDraft:
     def state(self) -> list[Tensor]:
         """None."""
         return []
+
+    def take_figures(self) -> dict[str, float]:
+        """None."""
+        return {}
 
     def propose(self, history: Tensor, lengths: Tensor, filled: int, watch: Stopwatch) -> Tree:
         """See :class:`Draft`. Without any match the root alone is verified."""
@@ -187,6 +199,8 @@ class DrafterDraft:
         device = backbone.target.device
         self._committed = chain_ancestors(1, shape.depth + 1, device)
         self._start = Start(shape.width, device)
+        self._seen = torch.zeros(2, dtype=torch.long, device=backbone.target.device)  # see ProposalHead.seen
+        self._proposed = False
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :class:`Draft`."""
@@ -196,6 +210,11 @@ class DrafterDraft:
 
     def absorb(self, tokens: Tensor, features: Tensor, starts: Tensor, counts: Tensor, filled: int) -> None:
         """See :class:`Draft`."""
+        if self._proposed:  # else these are a prompt's tokens
+            self._proposed = False
+            seen = self.head.seen(tokens, counts)
+            if seen is not None:
+                self._seen += seen
         total = tokens.shape[1]
         for begin in range(0, total, PREFILL_CHUNK):
             end = min(begin + PREFILL_CHUNK, total)
@@ -214,8 +233,15 @@ class DrafterDraft:
             self._feature = feature
 
     def state(self) -> list[Tensor]:
-        """The predicted feature."""
-        return [self._feature]
+        """The predicted feature, and what telemetry counts."""
+        return [self._feature, self._seen]
+
+    def take_figures(self) -> dict[str, float]:
+        """See :class:`Draft`."""
+        found, drawn = self._seen.tolist()
+        self._seen.zero_()
+        figures = {"rows_per_round": float(self.head.rows * self.depth)}
+        return {**figures, "router_recall": found / drawn} if drawn else figures
 
     def _forward(
         self,
@@ -259,20 +285,21 @@ class DrafterDraft:
         pool = Pool(lengths.shape[0], self.shape, lengths.device)
         features, above = self._feature[:, None], None
         watch.lap("drafter")
-        log_probs, children = self._children(features, watch)
+        self._proposed = True
+        log_probs, children = self._children(features, None, watch)
         frontier = pool.start(log_probs[:, 0], children[:, 0], self._start)
         for level in range(self.depth - 1):
             features = self._forward(
                 frontier.tokens, features, lengths, frontier.ancestors, filled, level=level, above=above
             )
             watch.lap("drafter")
-            log_probs, children = self._children(features, watch)
+            log_probs, children = self._children(features, frontier.scores, watch)
             grown = pool.extend(frontier, log_probs, children, last=level == self.depth - 2)
             if grown is not None:
                 frontier, above = grown
         return pool.rerank(root, self.shape.budget, self.depth)
 
-    def _children(self, features: Tensor, watch: Stopwatch) -> tuple[Tensor, Tensor]:
-        best = self.head.top(features, self.width)
+    def _children(self, features: Tensor, scores: Tensor | None, watch: Stopwatch) -> tuple[Tensor, Tensor]:
+        best = self.head.top(features, self.width, scores)
         watch.lap("head")
         return best

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Unpack
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.backbone import Backbone
 from coral_spec.conversation import Conversation, Prefix
-from coral_spec.drafter import Drafter, DrafterConfig, load_ranking
+from coral_spec.drafter import Drafter, DrafterConfig
 from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
 from coral_spec.engine import Session
-from coral_spec.heads import FrequencyHead, FullHead, ProposalHead
+from coral_spec.heads import ProposalHead
+from coral_spec.heads.choose import HeadChoice, make_head
 from coral_spec.layers import FusedDrafter
 from coral_spec.targets.home import timings_folder
 from coral_spec.tree import TreeShape
@@ -33,7 +34,7 @@ GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
 
 # A drafter's tree is chosen by measurement (`coral_spec.tuning`). Those for n-grams are not tuned.
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
-FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
+OTHER_HEADS = ("routed", "low-rank")  # whose cost is not that of so many rows in one piece
 SMALLEST_SESSION = 1024  # tokens, on a GPU
 IDLE_SESSIONS = 2  # kept for later answers, for as many shapes of tree
 
@@ -60,7 +61,9 @@ def load(
         tree: shape of the draft tree; by default the one that is expected to be fastest on this machine, by step times
             (measured for a second or two the first time) and the drafter's acceptance, chosen anew between answers when
             acceptance departs from what was expected. It is no drafting at all where none would pay.
-        head: rows of the head that the drafter proposes from: ``auto``, ``full``, ``frequency`` or a number.
+        head: what the drafter proposes from: ``full``, ``frequency`` or a number of the most frequent rows, ``routed``
+            or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed, frequency
+            and full that the drafter's folder has the files for.
         max_length: lowers the context length, in tokens.
         attention: transformers' implementation, ``sdpa`` or ``eager``.
 
@@ -103,15 +106,14 @@ class Model:
         context = backbone.context_length
         if self.target.device.type not in ("cpu", "cuda"):
             raise UsageError(f"device is {self.target.device}, needed cpu or cuda")
-        if isinstance(head, str) and head not in ("auto", "full", "frequency"):
-            raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows")
+        choice = HeadChoice.parse(head)
         self.context_length = min(context, max_length or context)
         folder = bundled_drafter(self.target) if draft == "auto" else None
         self.draft_name = (str(folder) if folder else "ngram") if draft == "auto" else draft
         self.tuner: Tuner | None = None
         self.head_rows = 0
         self._tree = tree if self.draft_name != "none" else None
-        self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, head)
+        self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, choice)
         self._idle: dict[TreeShape | None, Session] = {}
 
     @property
@@ -119,7 +121,7 @@ class Model:
         """Shape of the draft tree of the next answer; None is plain decoding, asked for or chosen."""
         return self._tree if self.tuner is None else self.tuner.shape
 
-    def _plan(self, name: str, head: str | int) -> Callable[[TreeShape | None], Draft]:
+    def _plan(self, name: str, head: HeadChoice) -> Callable[[TreeShape | None], Draft]:
         if name == "none":
             return lambda _: NoDraft()
         if name == "ngram":
@@ -130,10 +132,10 @@ class Model:
             raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
         loaded = Drafter.load(folder, self.target)
         drafter = FusedDrafter(loaded)
-        proposals = self._proposal_head(folder, head)
+        proposals = make_head(self._backbone, folder, head, loaded)
         self.head_rows = proposals.rows
-        if self._tree is not None and self._tree.width > proposals.rows:
-            raise UsageError(f"tree width is {self._tree.width}, but the head has only {proposals.rows} rows")
+        if self._tree is not None and self._tree.width > proposals.choices:
+            raise UsageError(f"tree width is {self._tree.width}, but the head has only {proposals.choices} rows")
 
         def make(shape: TreeShape | None) -> Draft:
             return DrafterDraft(self._backbone, drafter, proposals, shape) if shape else NoDraft()
@@ -147,11 +149,11 @@ class Model:
     ) -> Tuner:
         backbone = self._backbone
         costs = cached(
-            costs_key(backbone, drafter, head.rows),
+            {**costs_key(backbone, drafter, head.rows), **({"head": head.kind} if head.kind in OTHER_HEADS else {})},
             timings_folder(),
             lambda: measure(
                 lambda shape: Session(backbone, make(shape), CAPACITY),
-                most_rows=head.rows,
+                most_rows=head.choices,
                 cuda=self.target.device.type == "cuda",
             ),
         )
@@ -161,19 +163,6 @@ class Model:
         """Learn from the rounds of an answer, so that the next one may have a better tree."""
         if self.tuner is not None:
             self.tuner.note(session.draft.shape, accept_lengths)
-
-    def _proposal_head(self, folder: Path, head: str | int) -> ProposalHead:
-        ranking = load_ranking(folder)
-        if head == "auto":
-            head = "frequency" if ranking is not None else "full"
-        if head == "full":
-            return FullHead(self._backbone)
-        if ranking is None:
-            raise UsageError(f"head is {head!r}, but drafter {folder} has no frequency.safetensors; needed 'full'")
-        rows = FREQUENT_ROWS[self.target.device.type] if head == "frequency" else int(head)
-        if rows < 64:
-            raise UsageError(f"head is {head!r}, needed auto, full, frequency or a number of rows from 64 on")
-        return FrequencyHead(self._backbone, ranking, rows)
 
     def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
         """The same target, weights shared, with another draft."""

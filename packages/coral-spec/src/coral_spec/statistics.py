@@ -28,6 +28,9 @@ class Statistics:
             answer that had none of these are one part, ``rounds``.
         cache_bytes: bytes held by the key-value caches.
         memory_bytes: most bytes held so far by the process: those that torch allocated on a GPU, or resident ones.
+        rows_per_round: head rows that the drafter read in a round, all levels together; 0 without a drafter.
+        router_recall: with a routed head, the share of the tokens that the target drew, at nodes whose children were
+            drafted, that were among the rows read there; None otherwise.
     """
 
     prompt_tokens: int
@@ -39,6 +42,8 @@ class Statistics:
     time_split: dict[str, float]
     cache_bytes: int = 0
     memory_bytes: int = 0
+    rows_per_round: int = 0
+    router_recall: float | None = None
 
     @property
     def rounds(self) -> int:
@@ -61,6 +66,12 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """New tokens over the whole time."""
         return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def telemetry(self) -> dict[str, float]:
+        """`rows_per_round` and `router_recall`, where there are such things."""
+        figures = {"rows_per_round": self.rows_per_round or None, "router_recall": self.router_recall}
+        return {name: float(value) for name, value in figures.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """All figures, derived ones included, as JSON holds them."""

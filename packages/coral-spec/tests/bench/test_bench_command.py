@@ -52,7 +52,7 @@ def test_bench_writes_figures_and_a_chart_and_leaves_no_partial_file(folder: str
         first.keys()
     )
     assert first["speedup"].keys() == {"ar", "hf"} and first["identical"] in ("exact", "ties")
-    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.png", "out-drafting.png"}
 
 
 @pytest.mark.slow

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from coral_spec.drafter import Drafter, load_ranking
 from coral_spec.targets import Target
 from coral_spec.training import run as run_module
-from coral_spec.training.config import BatchConfig, OptimizerConfig, TrainConfig
+from coral_spec.training.config import BatchConfig, LossConfig, OptimizerConfig, RouterConfig, TrainConfig
+from coral_spec.training.csra import CsraConfig
 from coral_spec.training.data import Answers
+from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
 from coral_spec.training.initialise import new_drafter
 from coral_spec.training.run import train
 from coral_spec.training.trainer import Trainer
@@ -131,10 +135,65 @@ def test_prompt_and_padding_do_not_reach_the_gradient(target: Target, data: Path
     gradients = []
     for _ in range(2):
         trainer.optimizer.zero_grad()
-        trainer._accumulate(0, batch, (1.0, 0.1, 1.0), [batch.count(1)])
+        trainer.now = 1.0
+        trainer.accumulate(0, batch, [batch.count(1)])
         gradients.append([parameter.grad.clone() for parameter in trainer.drafter.parameters()])  # type: ignore[union-attr]
     for plain, padded in zip(*gradients, strict=True):
         assert torch.equal(plain, padded)
+
+
+def whole_graph_gradients(trainer: Trainer, number: int) -> list[torch.Tensor]:
+    """All steps in one graph, the losses summed, one backward: what the step-wise backward must equal."""
+    batch, config = trainer.plan.batch(number), trainer.config
+    features, embeddings = trainer.forward(batch.tokens)
+    length, labels = features.shape[1], features.flatten(0, 1)
+    inputs, outputs, total = [features], {}, torch.zeros(())
+    for step in range(1, config.align_steps + 1):
+        mask = harmonised_mask(length, step, features.dtype, features.device)
+        outputs[step] = draft_step(trainer.drafter, embeddings, inputs, mask)
+        inputs.append(shift(outputs[step], features))
+        where = batch.positions(step)
+        chosen, count = outputs[step].flatten(0, 1)[where], batch.count(step)
+        total = total + functional.smooth_l1_loss(chosen, labels[where + 1])
+        anchor = config.csra.anchor_of(step)
+        if anchor is not None:
+            fixed = labels[where + 1] if anchor == 0 else outputs[anchor].flatten(0, 1)[where]
+            fixed = fixed.detach() if config.csra.stop_gradient else fixed
+            alike = functional.normalize(chosen, dim=-1) @ functional.normalize(fixed, dim=-1).T
+            nce = functional.cross_entropy(alike / config.csra.temperature, torch.arange(count))
+            total = total + config.csra.weight * nce
+    return list(torch.autograd.grad(total, list(trainer.drafter.parameters())))
+
+
+@pytest.mark.parametrize("anchor", ["first", "previous", "target"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_alignment_has_the_gradient_of_one_whole_graph(
+    target: Target, data: Path, anchor: Any, stop_gradient: bool
+) -> None:
+    if anchor == "target" and not stop_gradient:
+        pytest.skip("the target has no gradient")
+    csra = CsraConfig(weight=0.5, anchor=anchor, stop_gradient=stop_gradient, chunk=16)
+    loss = LossConfig(feature=1.0, soft=0.0, top=0.0)
+    config = small_config(data, noise=0.0, align_steps=3, csra=csra, loss=loss)
+    trainer = Trainer(config, target, Answers.read(data), ALONE)
+    batch = trainer.plan.batch(0)
+    trainer.optimizer.zero_grad()
+    trainer.accumulate(0, batch, [batch.count(step) for step in (1, 2, 3)])
+    for parameter, wanted in zip(trainer.drafter.parameters(), whole_graph_gradients(trainer, 0), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(parameter.grad, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_alignment_is_logged_for_every_step_that_has_an_anchor(target: Target, data: Path) -> None:
+    trainer = Trainer(small_config(data, csra=CsraConfig(weight=0.1)), target, Answers.read(data), ALONE)
+    trainer.step()
+    figures = trainer.take_metrics()
+    assert "csra_1" not in figures and figures["csra_2"] > 0 and -1 <= figures["cosine_2"] <= 1
+
+
+def test_alignment_with_one_step_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"csra\.weight is 0\.1, but align_steps is 1"):
+        load_config(TrainConfig, None, {"align_steps": 1, "csra.weight": 0.1})
 
 
 def test_accumulated_batches_and_several_processes_are_one_larger_batch(target: Target, data: Path) -> None:
@@ -199,13 +258,16 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         load_config(TrainConfig, None, {"align_steps": 0})
 
 
-@pytest.mark.parametrize("name,steps", [("hass", 3), ("eagle2", 1)])
-def test_presets_are_valid_and_differ_in_the_steps_only(name: str, steps: int) -> None:
+@pytest.mark.parametrize("name,steps", [("hass", 3), ("eagle2", 1), ("coral", 3)])
+def test_presets_train_drafters_that_differ_in_steps_and_alignment_only(name: str, steps: int) -> None:
     folder = Path(__file__).parents[2] / "configs"
     preset = load_config(TrainConfig, folder / f"{name}.toml")
     twin = load_config(TrainConfig, folder / "hass.toml")
     assert preset.align_steps == steps
-    assert replace(preset, align_steps=3, name="") == replace(twin, name="")
+    assert (preset.csra.weight > 0) == (name == "coral")
+    assert ("router" in preset.stages) == (name == "coral")
+    same = {"name": "", "align_steps": 3, "csra": CsraConfig(), "stages": ("drafter",), "router": RouterConfig()}
+    assert replace(preset, **same) == replace(twin, **same)
 
 
 def test_missing_plots_do_not_stop_a_run(

@@ -64,6 +64,7 @@ class Answer:
         depth: levels of the draft tree, 0 without one.
         time_split: seconds by part; empty where the method does not tell.
         logits: ``(len(ids), vocab)`` in fp32, when asked for.
+        telemetry: `rows_per_round` and `router_recall` (`coral_spec.statistics`), where there are such things.
     """
 
     ids: list[int]
@@ -72,6 +73,7 @@ class Answer:
     depth: int = 0
     time_split: dict[str, float] = field(default_factory=dict)
     logits: Tensor | None = None
+    telemetry: dict[str, float] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -174,6 +176,7 @@ class EngineMethod:
             depth=statistics.depth,
             time_split=dict(statistics.time_split),
             logits=done.logits,
+            telemetry=statistics.telemetry,
         )
 
 

@@ -26,6 +26,7 @@ class Record:
         accept_lengths: draft tokens accepted per target forward after prefill; None where there is no draft at all.
         depth: levels of the draft tree.
         time_split: seconds by part, of the repeat that took the median time.
+        telemetry: see `coral_spec.bench.methods.Answer`.
         noise, distance: of the answer's logits against fp32 (`coral_spec.check.noise`), where speed was not measured
             and they could be had at once; None otherwise.
     """
@@ -39,6 +40,7 @@ class Record:
     accept_lengths: list[int] | None = None
     depth: int = 0
     time_split: dict[str, float] = field(default_factory=dict)
+    telemetry: dict[str, float] = field(default_factory=dict)
     noise: float | None = None
     distance: float | None = None
 

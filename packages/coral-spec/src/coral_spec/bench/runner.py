@@ -38,7 +38,7 @@ class Settings:
         methods: name -> drafter folder, or empty (`coral_spec.bench.methods.parse_methods`).
         device, dtype: as `coral_spec.load` takes them.
         tree: `DEPTH,WIDTH,BUDGET` of trained drafters, or `auto` for the engine's own choice.
-        head: rows of the head that trained drafters propose from: `auto`, `full`, `frequency` or a number.
+        head: what trained drafters propose from, as `coral_spec.load` takes it.
         max_new_tokens, temperature, seed, ignore_eos: how every method is asked.
         repeats: how often; the median time counts.
         workers: processes on one device; above 1 no speed is measured.
@@ -175,7 +175,28 @@ def make_record(task: str, prompt: str, method: str, prompt_tokens: int, answers
         accept_lengths=middle.accept_lengths,
         depth=middle.depth,
         time_split=middle.time_split,
+        telemetry=middle.telemetry,
     )
+
+
+def read_questions(
+    tasks: str | None, prompts: Path | None, limit: int | None, data_dir: Path | None
+) -> dict[str, list[Prompt]]:
+    """Prompts by task, as `--tasks`, `--prompts`, `--limit` and `--data-dir` say; our samples where they say nothing.
+
+    Raises:
+        UsageError: an unknown task, a set that cannot be had, or a damaged file.
+    """
+    from coral_spec.bench.tasks import TASKS, load_task, parse_tasks, read_prompts
+
+    names = parse_tasks(tasks if tasks is not None else "" if prompts else "sample")
+    questions = {name: load_task(name, limit=limit, data_dir=data_dir) for name in names}
+    if prompts is not None:
+        name = prompts.name.split(".")[0]
+        if name in TASKS:
+            raise UsageError(f"--prompts is {prompts}, but {name} is a task of its own; rename the file")
+        questions[name] = read_prompts(prompts)[:limit]
+    return questions
 
 
 def open_partial(settings: Settings, tasks: Mapping[str, list[Prompt]], json_path: Path | None) -> PartialFile:

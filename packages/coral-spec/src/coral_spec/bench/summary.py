@@ -14,11 +14,15 @@ from coral_spec.bench.tasks import Prompt
 from coral_spec.check.noise import Judgement, summarise
 from coral_spec.statistics import depth_acceptance
 
+PERIOD, TIMES = 32, 3  # of an answer that goes round in circles
 DEFINITIONS = {
     "tokens_per_second": "all new tokens over all decoding time, prefill included; the median repeat of every prompt",
     "tau": "tokens per target forward after prefill, before truncation at a stop or the limit; mean over rounds",
     "tau_prompts": "the same, mean over prompts",
     "depth_acceptance": "at each tree level, the accepted share of the rounds that had reached it",
+    "rows_per_round": "head rows that the drafter read in a round, all tree levels together; mean over rounds",
+    "router_recall": "share of the target's tokens, drawn where children were drafted, among the rows read there",
+    "looped": f"share of answers that end in the same block of at most {PERIOD} tokens, {TIMES} times or more",
     "speedup": "tokens per second over those of the named baseline: same prompts, same machine, same run",
     "identical": "greedy ids against ar: exact, ties (gaps within the noise of the working precision) or bug",
 }
@@ -79,11 +83,34 @@ def _run(
         "seconds": sum(record.median_seconds for record in records) if timed else None,
         "rounds": len(rounds) if records[0].accept_lengths is not None else None,
         "depth_acceptance": depth_acceptance(rounds, max(record.depth for record in records)),
+        **_telemetry(records),
+        "looped": sum(looped(record.ids) for record in records) / len(records),
         "time_split": _sum_parts(records) if timed else {},
         "ties": sum(each.verdict == "tie" for each in judged),
         "bugs": sum(each.verdict == "bug" for each in judged),
         "prompt_records": [_prompt(record, judgements.get(record.key), timed) for record in records],
     }
+
+
+def _telemetry(records: Iterable[Record]) -> dict[str, float | None]:
+    """Means of what the records tell: over rounds, and over the tokens that recall counts."""
+    sums = {"rows_per_round": [0.0, 0.0], "router_recall": [0.0, 0.0]}
+    for record in records:
+        lengths = record.accept_lengths or []
+        weights = {"rows_per_round": len(lengths), "router_recall": sum(min(n + 1, record.depth) for n in lengths)}
+        for name, value in record.telemetry.items():
+            sums[name][0] += value * weights[name]
+            sums[name][1] += weights[name]
+    return {name: total / weight if weight else None for name, (total, weight) in sums.items()}
+
+
+def looped(ids: Sequence[int]) -> bool:
+    """Whether an answer ends in one block of at most :data:`PERIOD` tokens, :data:`TIMES` times or more."""
+    for period in range(1, PERIOD + 1):
+        tail = list(ids[-period * TIMES :])
+        if len(tail) == period * TIMES and tail == tail[:period] * TIMES:
+            return True
+    return False
 
 
 def _sum_parts(records: Iterable[Record]) -> dict[str, float]:

@@ -38,13 +38,13 @@ def run(
     json: Annotated[
         Path | None, typer.Option("--json", help="Write all figures here; a killed run goes on from beside it.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG) here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a bar chart (PNG) here, and what drafting did beside it.")
+    ] = None,
 ) -> int:
     """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
     from coral_spec.bench.methods import EngineMethod, parse_methods
-    from coral_spec.bench.runner import Bench, Settings, open_partial
-    from coral_spec.bench.tasks import TASKS, load_task, parse_tasks, read_prompts
-    from expkit.errors import UsageError
+    from coral_spec.bench.runner import Bench, Settings, open_partial, read_questions
 
     settings = Settings(
         model=model,
@@ -61,14 +61,7 @@ def run(
         workers=workers,
         limit=limit,
     )
-    names = parse_tasks(tasks if tasks is not None else "" if prompts else "sample")
-    # wrong use is told before anything is loaded
-    questions = {name: load_task(name, limit=limit, data_dir=data_dir) for name in names}
-    if prompts is not None:
-        name = prompts.name.split(".")[0]
-        if name in TASKS:
-            raise UsageError(f"--prompts is {prompts}, but {name} is a task of its own; rename the file")
-        questions[name] = read_prompts(prompts)[:limit]
+    questions = read_questions(tasks, prompts, limit, data_dir)  # wrong use is told before anything is loaded
     _require_file_name("json", json, ".json")
     _require_file_name("plot", plot, ".png")
 
@@ -78,6 +71,7 @@ def run(
     from coral_spec.bench.plot import save_chart
     from coral_spec.bench.runner import run as measure
     from coral_spec.bench.summary import DEFINITIONS, summarise_runs, table
+    from coral_spec.bench.telemetry import save_telemetry
     from coral_spec.bench.workers import run_workers
     from expkit.checkpoint import write_json
     from expkit.cli import console
@@ -111,8 +105,11 @@ def run(
         console().print(f"figures: {json}", soft_wrap=True)
     if plot is not None:
         how = "greedy" if temperature == 0 else f"temperature {temperature:g}"
-        save_chart(runs, plot, title=f"{target.name}, {how}, {precision} on {target.device.type}")
-        console().print(f"chart: {plot}", soft_wrap=True)
+        title = f"{target.name}, {how}, {precision} on {target.device.type}"
+        telemetry = plot.with_stem(f"{plot.stem}-drafting")
+        save_chart(runs, plot, title=title)
+        save_telemetry(runs, telemetry, title=title)
+        console().print(f"charts: {plot}, {telemetry}", soft_wrap=True)
     partial.remove()
     return 1 if any(each["identical"] == "bug" for each in runs) else 0
 

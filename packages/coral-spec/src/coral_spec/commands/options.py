@@ -21,7 +21,13 @@ Draft = Annotated[
 Tree = Annotated[
     str, typer.Option(help="auto (what should be fastest here), or DEPTH,WIDTH,BUDGET of the draft tree: 6,10,60.")
 ]
-Head = Annotated[str, typer.Option(help="Head rows that the drafter proposes from: auto, full, frequency or a number.")]
+Head = Annotated[
+    str,
+    typer.Option(
+        help="Head rows that the drafter proposes from: auto, full, frequency, a number, "
+        "routed[:GROUPS[,hierarchical or renormalised]] or low-rank[:RANK]."
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")]

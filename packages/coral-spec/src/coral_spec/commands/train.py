@@ -1,4 +1,4 @@
-"""`coral-spec train`: train a drafter on answers that `coral-spec data` made."""
+"""`coral-spec train`: everything from prompts to a drafter with its router, stage by stage."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file; every key has a default.")] = None,
     name: Annotated[str | None, typer.Option(help="Folder of the run, below --runs.")] = None,
     model: Annotated[str | None, typer.Option(help="Alias, hub id or folder of the target.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Some of data, drafter, router, low-rank, separated by commas.")
+    ] = None,
+    drafter: Annotated[
+        Path | None, typer.Option(help="Folder of a trained drafter, for router or low-rank alone.")
+    ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Folder of answers; may be given several times.")] = None,
     align_steps: Annotated[int | None, typer.Option(help="Harmonised steps: 1 is EAGLE-2, 3 is HASS.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
@@ -25,7 +31,7 @@ def run(
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
 ) -> None:
-    """Train a drafter; with torchrun on any number of GPUs. Writes runs/NAME/drafter."""
+    """Answers, a drafter, its router; with torchrun on any number of GPUs. Writes runs/NAME/drafter."""
     from coral_spec.training.config import TrainConfig
     from expkit.config import load_config
     from expkit.distributed import join, leave
@@ -34,6 +40,8 @@ def run(
     flags = {
         "name": name,
         "target": model,
+        "stages": [stage.strip() for stage in stages.split(",")] if stages else None,
+        "drafter": drafter,
         "data": tuple(data) if data else None,
         "align_steps": align_steps,
         "steps": steps,
@@ -45,20 +53,30 @@ def run(
     settings = load_config(TrainConfig, config, {**overrides, **flags})
 
     from coral_spec.targets import load_target
-    from coral_spec.training.run import train
+    from coral_spec.training.stages import require_inputs, run_stages
 
+    require_inputs(settings)
     world = join()
     try:
         target = load_target(settings.target, device=settings.device, dtype=settings.dtype)
-        outcome = train(settings, target, runs, world, resume=resume)
+        outcomes = run_stages(settings, target, runs, world, resume=resume)
     finally:
         leave()
-    if outcome is not None:
-        result = outcome.result
+    for stage, outcome in outcomes.items():
+        result, folder = outcome.result, runs / settings.name / "drafter"
         typer.echo(
-            f"{outcome.folder / 'drafter'}: {result['tau_sim']:.3f} tokens per round (simulated, step "
-            f"{result['best_step']}), {result['minutes']:.1f} minutes, {result['tokens_per_second']:,.0f} tokens/s"
+            f"{folder}: {said(stage, result)}, step {result['best_step']}, "
+            f"{result['minutes']:.1f} minutes, {result['tokens_per_second']:,.0f} tokens/s"
         )
+
+
+def said(stage: str, result: dict[str, Any]) -> str:
+    """What a stage came to, in a few words."""
+    if stage == "drafter":
+        return f"{result['tau_sim']:.3f} tokens per round (simulated)"
+    if stage == "router":
+        return f"{result['held_out_mass']:.3f} of the target's mass in {result['rows']:,} rows"
+    return f"rank {result['rank']} agrees with the target at {result['held_out_agreed']:.3f} of positions"
 
 
 def parse_setting(text: str) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from coral_spec.layers import Layer, Nodes, Norm
 
 MAX_CANDIDATES = 2048  # of a tree, sorted by one program
+MAX_ROUTED = 16384  # nodes of one forward times groups of head rows
 MAX_ROWS = 64  # nodes of one forward; more of them, and batches of texts, take the torch path
 DTYPES = (torch.bfloat16, torch.float32)
 _FAILED: list[str] = []  # errors for which kernels were given up in this process
@@ -122,6 +123,23 @@ def best(logits: Tensor, count: int, ids: Tensor | None) -> tuple[Tensor, Tensor
     from coral_spec.kernels.top import top_log_probs
 
     log_probs, tokens = top_log_probs(logits[0].contiguous(), count, ids)
+    return log_probs[None], tokens[None]
+
+
+def choose_groups(logits: Tensor, paths: Tensor | None, always: int, active: int) -> tuple[Tensor, Tensor]:
+    """Groups of rows for ``logits (1, nodes, groups)``: see `coral_spec.kernels.routing.choose`."""
+    from coral_spec.kernels.routing import choose
+
+    return choose(logits[0].contiguous(), None if paths is None else paths[0].contiguous(), always, active)
+
+
+def grouped_best(
+    features: Tensor, slabs: Tensor, active: Tensor, count: int, ids: Tensor, log_mass: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens ``(1, nodes, count)``: see `coral_spec.kernels.grouped.grouped_top`."""
+    from coral_spec.kernels.grouped import grouped_top
+
+    log_probs, tokens = grouped_top(features[0].contiguous(), slabs, active, count, ids=ids, log_mass=log_mass)
     return log_probs[None], tokens[None]
 
 

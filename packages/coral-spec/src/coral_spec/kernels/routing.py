@@ -10,8 +10,6 @@ from torch import Tensor
 from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 from coral_spec.kernels.top import key_index, to_key
 
-MOST = 16384  # nodes times groups that one program holds
-
 
 @triton.jit(do_not_specialize=["nodes", "always", "active"])
 def _choose_kernel(  # type: ignore[no-untyped-def]
@@ -56,8 +54,7 @@ def choose(logits: Tensor, paths: Tensor | None, always: int, active: int) -> tu
     """The groups that a level reads, and their log-probabilities: see `coral_spec.router.choose_groups`.
 
     Args:
-        logits: of all groups, contiguous ``(nodes, groups)``; ``nodes * groups`` at most :data:`MOST` when both are
-            rounded up to powers of two.
+        logits: of all groups, contiguous ``(nodes, groups)``; one program holds them, so there are not to be many.
         paths: fp32 ``(nodes,)``, log-probabilities of the nodes' paths; None for equal weights.
         always: leading groups, which are read in any case.
         active: how many of the others, at least 1.

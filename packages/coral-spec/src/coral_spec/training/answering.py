@@ -6,16 +6,19 @@ same files as one that was not (on the same kind of machine).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from coral_spec.training.data import Manifest, shard_path, write_shard
+from coral_spec.training.config import AnswersConfig
+from coral_spec.training.data import Answers, Manifest, shard_path, write_shard
 from coral_spec.training.generation import Answer, Sampling, answer_batch, cache_bytes_per_token
-from coral_spec.training.prompts import EncodedPrompts, Prompt, read_prompts, write_own_prompts
+from coral_spec.training.prompts import EncodedPrompts, Prompt, encode_prompts, read_prompts, write_own_prompts
 from expkit.checkpoint import write_text
+from expkit.cli import console, progress
 from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 
@@ -37,6 +40,56 @@ def plan_batches(lengths: list[int], batch_size: int, slots: int, new_tokens: in
         batches.append(slice(first, last))
         first = last
     return batches
+
+
+def write_answers(settings: AnswersConfig, target: Target, folder: Path, world: World) -> None:
+    """The whole job, with a progress bar; all processes share the work.
+
+    Args:
+        settings: where prompts come from and how they are answered.
+
+    Raises:
+        UsageError: no prompts, `folder` holds other answers, no room for a prompt, or too little memory.
+    """
+    if settings.prompts is not None:
+        rows = read_prompts(settings.prompts, settings.limit)
+    else:
+        count = settings.self_prompts
+        rows = own_prompts(target, count, folder, world, batch=min(settings.batch_size, count), seed=settings.seed)
+    longest = min(settings.max_prompt_tokens, target.context_length - settings.max_new_tokens)
+    if longest < 1:
+        raise UsageError(f"context left for the prompt is {longest}; it must be positive")
+    encoded = encode_prompts(target, rows, longest, settings.samples_per_prompt)
+    sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, max_new_tokens=settings.max_new_tokens)
+    with progress() as bar:
+        task = bar.add_task("answers", total=len(encoded.ids) // world.size or 1)
+        started, made = time.perf_counter(), 0
+
+        def show(done: int, tokens: int) -> None:
+            nonlocal made
+            made += tokens
+            speed = made / (time.perf_counter() - started)
+            bar.update(task, advance=done, description=f"answers ({made:,} tokens, {speed:,.0f}/s)")
+
+        answer_prompts(
+            target,
+            encoded,
+            sampling,
+            folder,
+            world,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            cache_gib=settings.cache_gib,
+            shard_size=settings.shard_size,
+            on_rows=show,
+        )
+    if world.is_main:
+        answers = Answers.read(folder)
+        left_out = f", {encoded.too_long} prompts left out as too long" if encoded.too_long else ""
+        console().print(
+            f"{len(encoded.ids)} answers, {answers.answer_tokens:,} tokens, "
+            f"{100 * float(answers.ended.float().mean()):.0f} % ended by themselves{left_out}: {folder}"
+        )
 
 
 def own_prompts(target: Target, count: int, folder: Path, world: World, *, batch: int, seed: int) -> list[Prompt]:

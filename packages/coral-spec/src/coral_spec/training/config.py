@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from coral_spec.training.csra import CsraConfig
+
+Stage = Literal["data", "drafter", "router", "low-rank"]
+STAGES: tuple[Stage, ...] = ("data", "drafter", "router", "low-rank")
+HEAD_STAGES: tuple[Stage, ...] = ("router", "low-rank")
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -104,13 +110,126 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class AnswersConfig:
+    """How the stage `data` has the target answer prompts; what `coral-spec data` has as options.
+
+    Attributes:
+        prompts: JSON lines; relative to the folder that the command runs in.
+        self_prompts: have an instruct model write this many prompts itself instead.
+        limit: only the first prompts of the file.
+        samples_per_prompt: answers to each prompt.
+        temperature, top_p, max_new_tokens, seed: how answers are drawn.
+        max_prompt_tokens: longer prompts are left out.
+        batch_size, cache_gib: most answers at once, and most GiB of their keys and values.
+        shard_size: answers per file.
+    """
+
+    prompts: Path | None = None
+    self_prompts: int = 0
+    limit: int | None = None
+    samples_per_prompt: int = 1
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    max_prompt_tokens: int = 1024
+    batch_size: int = 256
+    cache_gib: float = 4.0
+    shard_size: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "limit",
+            "samples_per_prompt",
+            "max_new_tokens",
+            "max_prompt_tokens",
+            "batch_size",
+            "cache_gib",
+            "shard_size",
+        ):
+            value = getattr(self, name)
+            plain = name.replace("_", "-")
+            _require(value is None or 0 < value < float("inf"), f"{plain} is {value}; it must be positive")
+        _require(self.self_prompts >= 0, f"self-prompts is {self.self_prompts}; it must be positive")
+
+    def require_prompts(self) -> None:
+        """ValueError unless there is exactly one source of prompts."""
+        _require(
+            (self.prompts is None) == (self.self_prompts > 0),
+            "give either prompts (a file) or self-prompts (how many the model writes itself)",
+        )
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """The router of the head, trained with the drafter frozen.
+
+    Attributes:
+        groups: equal groups of head rows.
+        always: of these, read at every level; they hold the end of the text and the most frequent tokens.
+        active: of the others, read at a level. It may be changed when drafting (`--head routed:GROUPS`).
+        grouping: "contiguous" by frequency, "kmeans" on the head's rows, or "cooccurrence" in the answers.
+        scores: how the tokens of several groups are put on one scale: "hierarchical" or "renormalised".
+        steps, max_minutes, lr: as for the drafter; the rest of `optimizer` and `batch` is shared.
+    """
+
+    groups: int = 64
+    always: int = 1
+    active: int = 11
+    grouping: Literal["contiguous", "kmeans", "cooccurrence"] = "kmeans"
+    scores: Literal["hierarchical", "renormalised"] = "renormalised"
+    steps: int = 1000
+    max_minutes: float = 0.0
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require(self.groups >= 2, f"router.groups is {self.groups}; it must be 2 or more")
+        _require(0 <= self.always < self.groups, f"router.always is {self.always}; it must be 0 to {self.groups - 1}")
+        most = self.groups - self.always
+        _require(
+            1 <= self.active <= most,
+            f"router.active is {self.active}, but {self.groups} groups, {self.always} of them always read, leave "
+            f"{most} to choose from; it must be 1 to {most}",
+        )
+        _require_stage("router", self.steps, self.max_minutes, self.lr)
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """A head of low rank, trained with the drafter frozen: what routing is measured against.
+
+    Attributes:
+        rank: of the two factors; 0 is a quarter of the width.
+        steps, max_minutes, lr: as for the drafter.
+    """
+
+    rank: int = 0
+    steps: int = 1000
+    max_minutes: float = 0.0
+    lr: float = 2e-4
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, f"low_rank.rank is {self.rank}; it must be 0 or more")
+        _require_stage("low_rank", self.steps, self.max_minutes, self.lr)
+
+
+def _require_stage(name: str, steps: int, max_minutes: float, lr: float) -> None:
+    _require(steps >= 1, f"{name}.steps is {steps}; it must be 1 or more")
+    _require(max_minutes >= 0, f"{name}.max_minutes is {max_minutes}; it must be 0 or more")
+    _require(lr > 0, f"{name}.lr is {lr}; it must be positive")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
     Attributes:
         name: folder of the run below the folder of runs.
         target: alias, hub id or folder of the target.
-        data: folders of answers made by `coral-spec data`.
+        stages: what is done, always in this order: "data" (answers into the first folder of `data`), "drafter",
+            "router", "low-rank".
+        data: folders of answers made by `coral-spec data` or the stage of that name.
+        drafter: folder of a trained drafter, for a "router" or "low-rank" without the stage "drafter".
         align_steps: harmonised steps n (HASS: 3); 1 is the EAGLE-2 baseline.
         steps: optimiser steps.
         max_minutes: when above 0, the schedule follows the clock and ends after this time (or after `steps`, if
@@ -125,7 +244,9 @@ class TrainConfig:
 
     name: str = "drafter"
     target: str = "smollm2-135m"
+    stages: tuple[Stage, ...] = ("drafter",)
     data: tuple[Path, ...] = (Path("answers"),)
+    drafter: Path | None = None
     align_steps: int = 3
     steps: int = 2000
     max_minutes: float = 0.0
@@ -137,12 +258,31 @@ class TrainConfig:
     compile: Literal["none", "loss", "all"] = "none"
     log_every: int = 10
     loss: LossConfig = field(default_factory=LossConfig)
+    csra: CsraConfig = field(default_factory=CsraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    answers: AnswersConfig = field(default_factory=AnswersConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
     def __post_init__(self) -> None:
         _require(1 <= self.align_steps <= 8, f"align_steps is {self.align_steps}; it must be 1 to 8")
         _require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be 1 or more")
         _require(len(self.data) >= 1, "data names no folder")
+        _require(
+            self.align_steps > 1 or self.csra.weight == 0,
+            f"csra.weight is {self.csra.weight}, but align_steps is 1: there is no other step to be aligned with; "
+            "use align_steps of 2 or more, or csra.weight 0",
+        )
+        _require(0 < len(self.stages) == len(set(self.stages)), f"stages are {list(self.stages)}; name each once")
+        if "data" in self.stages:
+            self.answers.require_prompts()
+        heads = [stage for stage in self.stages if stage in HEAD_STAGES]
+        own = "drafter" in self.stages
+        _require(
+            not heads or own or self.drafter is not None,
+            f'stage "{heads[0] if heads else ""}" needs a drafter: the stage "drafter", or drafter = FOLDER',
+        )
+        _require(not own or self.drafter is None, 'drafter is given, but the stage "drafter" trains one')
         _require(self.noise >= 0 and self.max_minutes >= 0, "noise and max_minutes must be 0 or more")

@@ -32,6 +32,17 @@ class Acceptance:
     rates: tuple[float, ...]
     rounds: int
 
+    @property
+    def score(self) -> float:
+        """What a better drafter has more of: tau."""
+        return self.tau
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """`tau_sim`, `rate_1`, `rate_2` ..."""
+        rates = {f"rate_{depth}": rate for depth, rate in enumerate(self.rates, start=1)}
+        return {"tau_sim": self.tau, **rates}
+
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 

@@ -1,0 +1,321 @@
+"""The study of CORAL: {SmolLM2-135M-Instruct, Gemma3-270M} x {EAGLE-2, HASS, HASS + CSRA, CORAL} and what chose the
+settings.
+
+    python packages/coral-spec/benchmarks/study.py --work WORK --plan
+    python packages/coral-spec/benchmarks/study.py --work WORK --lease smollm2-seed0 --minutes 24 --prompts PROMPTS
+
+A lease of a GPU lasts about 25 minutes and starts bare, so the study is a list of leases, each with what it needs
+from those before it (`--plan` prints the list with its estimates). A lease is a list of steps; a step that has left
+its file is not done again, the commands within it go on where they were killed, and no step is begun that would not
+end within `--minutes`. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0); what is to be
+committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
+
+The plan, from the speeds of the first release's trainings on one H200 (3 steps: 114,000 tokens/s alone; 1 step:
+158,000):
+
+1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; 12 minutes each. 2.
+`smollm2-sweep`: CSRA's anchor, weight and temperature, 13 short trainings, three at a time; 22 minutes. 3.
+`smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, side by side, 6,000 steps: about
+18
+   minutes; then acceptance on three sets at temperature 0, four processes: 3 minutes.
+4. `smollm2-router`: routers over grouping x groups x always-read groups on the CSRA drafter of seed 0, 9 short
+   trainings, three at a time: 14 minutes; acceptance by active groups and score scale: 6 minutes.
+5. `smollm2-heads`: the full training of the chosen router and of the low-rank head: 6 minutes; all heads at equal
+   drafter and tree: 6 minutes; temperature 1 for EAGLE-2 and CORAL: 4 minutes; speed alone, 10 prompts x 128 tokens:
+   6 minutes.
+6. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
+7. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
+RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
+SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
+SEEDS = 3
+TEMPERATURES = {"t00": 0.0, "t08": 0.8}
+AT_ONCE = 3  # short trainings on one GPU
+
+# what the sweeps try; the first of each is the preset
+ANCHORS, WEIGHTS, CSRA_TEMPERATURES = ("first", "previous", "target"), (0.1, 0.03, 0.3), (0.07, 0.2)
+GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 32), (1, 0, 4)
+SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
+ROWS = {"smollm2": 49_152, "gemma3": 262_144}
+WIDTH = {"smollm2": 576, "gemma3": 640}
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that run side by side, and the files that they leave.
+
+    Attributes:
+        minutes: estimated, for all commands together.
+        commands: arguments of `coral-spec` by what each leaves, a path below WORK.
+        keep: folders that later leases need, by their path below WORK/keep.
+    """
+
+    minutes: float
+    commands: dict[str, list[str]]
+    keep: dict[str, str]
+
+
+class Study:
+    """The leases of a study in a folder."""
+
+    def __init__(self, work: Path, prompts: Path | None) -> None:
+        self.work, self.prompts = work, prompts
+
+    def leases(self) -> dict[str, list[Step]]:
+        """Steps by lease, in the order of the plan."""
+        found: dict[str, list[Step]] = {}
+        for family in MODELS:
+            found[f"{family}-data"] = [self.answers(family, name) for name in TEMPERATURES]
+            if family == "smollm2":
+                found[f"{family}-sweep"] = self.csra_sweep(family)
+            for seed in range(SEEDS if family == "smollm2" else 1):
+                found[f"{family}-seed{seed}"] = [self.recipes(family, seed), self.acceptance(family, seed, 0.0)]
+            found[f"{family}-router"] = [*self.router_sweep(family), self.active_groups(family)]
+            found[f"{family}-heads"] = [
+                self.heads(family),
+                self.equal_heads(family),
+                self.sampled(family),
+                *self.speed(family),
+            ]
+        found["cpu"] = self.cpu()
+        return found
+
+    def path(self, *parts: str) -> str:
+        return str(self.work.joinpath(*parts))
+
+    def answers(self, family: str, name: str) -> Step:
+        """One sample of every prompt at one temperature."""
+        out = f"keep/answers/{family}-{name}"
+        options = ["data", "--model", MODELS[family], "--out", self.path(out), "--prompts", str(self.prompts)]
+        options += ["--temperature", str(TEMPERATURES[name]), "--seed", str(list(TEMPERATURES).index(name))]
+        options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "60", "--shard-size", "8192"]
+        return Step(6, {f"{out}/complete": options}, {})
+
+    def training(self, family: str, name: str, preset: str, seed: int, *settings: str) -> dict[str, list[str]]:
+        """A training by what it leaves."""
+        options = ["train", "--config", str(CONFIGS / f"{preset}.toml"), "--model", MODELS[family], "--name", name]
+        options += ["--runs", self.path("runs"), "--seed", str(seed), "--set", "evaluation.every=500"]
+        options += ["--set", f"loss.chunk={8192 if family == 'smollm2' else 2048}"]
+        for each in TEMPERATURES:
+            options += ["--data", self.path("keep/answers", f"{family}-{each}")]
+        return {f"runs/{name}/result.json": [*options, *settings]}
+
+    def recipes(self, family: str, seed: int) -> Step:
+        """The three recipes side by side, with equal steps."""
+        names = {recipe: f"{family}-{recipe}-{seed}" for recipe in RECIPES}
+        commands = {}
+        for recipe, name in names.items():
+            commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter")
+        keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
+        return Step(18 if family == "smollm2" else 20, commands, keep)
+
+    def drafters(self, family: str, seed: int, recipes: Sequence[str] = tuple(RECIPES)) -> list[str]:
+        """Options that name drafters, as they lie in this lease or in what earlier ones have kept."""
+        options = []
+        for recipe in recipes:
+            name = f"{family}-{recipe}-{seed}"
+            fresh = self.work / "runs" / name / "drafter"
+            options += ["--draft", f"{recipe}={fresh if fresh.is_dir() else self.work / 'keep/drafters' / name}"]
+        return options
+
+    def evaluation(self, family: str, name: str, *options: str, limit: int = 40) -> dict[str, list[str]]:
+        """Acceptance by four processes, by what it leaves."""
+        out = f"results/{family}-{name}.json"
+        common = ["eval", "--model", MODELS[family], *SETS, "--limit", str(limit), "--workers", "4"]
+        return {out: [*common, "--json", self.path(out), "--plot", self.path(out[:-5] + ".png"), *options]}
+
+    def acceptance(self, family: str, seed: int, temperature: float) -> Step:
+        """All recipes with the full head: tau and acceptance per depth."""
+        options = [*self.drafters(family, seed), "--head", "full", "--temperature", str(temperature)]
+        return Step(4, self.evaluation(family, f"recipes-seed{seed}-t{temperature:g}", *options), {})
+
+    def sampled(self, family: str) -> Step:
+        """EAGLE-2 and CORAL at temperature 1."""
+        options = [*self.drafters(family, 0, ("eagle2",)), "--head", "full", "--temperature", "1"]
+        routed = [*self.drafters(family, 0, ("coral",)), "--head", "routed", "--temperature", "1"]
+        evaluations = self.evaluation(family, "eagle2-t1", *options)
+        return Step(4, {**evaluations, **self.evaluation(family, "coral-t1", *routed)}, {})
+
+    def csra_sweep(self, family: str) -> list[Step]:
+        """One setting changed at a time, and weight with temperature; HASS beside them."""
+        tried = [(anchor, WEIGHTS[0], CSRA_TEMPERATURES[0]) for anchor in ANCHORS]
+        tried += [(ANCHORS[0], *each) for each in itertools.product(WEIGHTS, CSRA_TEMPERATURES)]
+        tried += [(ANCHORS[1], WEIGHTS[2], CSRA_TEMPERATURES[0]), (ANCHORS[2], WEIGHTS[2], CSRA_TEMPERATURES[0])]
+        commands: dict[str, list[str]] = {}
+        for anchor, weight, temperature in [*dict.fromkeys(tried), (ANCHORS[0], 0.0, CSRA_TEMPERATURES[0])]:
+            name = f"{family}-sweep-{anchor}-{weight:g}-{temperature:g}"
+            settings = [f"csra.anchor={anchor}", f"csra.weight={weight}", f"csra.temperature={temperature}"]
+            flags = [part for each in settings for part in ("--set", each)]
+            commands |= self.training(family, name, "coral", 0, "--stages", "drafter", "--steps", "1500", *flags)
+        open_gradient = ["--set", "csra.stop_gradient=false"]
+        name = f"{family}-sweep-first-open"
+        commands |= self.training(family, name, "coral", 0, "--stages", "drafter", "--steps", "1500", *open_gradient)
+        return side_by_side(commands, 5)
+
+    def router_sweep(self, family: str) -> list[Step]:
+        """Grouping, number of groups, and how many are always read, one changed at a time."""
+        tried = [(grouping, GROUPS[0], ALWAYS[0]) for grouping in GROUPINGS]
+        tried += [(GROUPINGS[0], groups, ALWAYS[0]) for groups in GROUPS]
+        tried += [(GROUPINGS[0], GROUPS[0], always) for always in ALWAYS]
+        commands: dict[str, list[str]] = {}
+        for grouping, groups, always in dict.fromkeys(tried):
+            name = f"{family}-router-{grouping}-{groups}-{always}"
+            active = max(1, round(groups * SHARES[2]) - always)
+            settings = {"grouping": grouping, "groups": groups, "always": always, "active": active, "steps": 600}
+            flags = [part for key, value in settings.items() for part in ("--set", f"router.{key}={value}")]
+            made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "router"), *flags)
+            commands[f"runs/{name}/router/result.json"] = next(iter(made.values()))
+        keep = {f"runs/{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}/drafter": f"drafters/{family}-trial-0"}
+        steps = side_by_side(commands, 4)
+        return [*steps[:-1], Step(steps[-1].minutes, steps[-1].commands, keep)]
+
+    def on_the_drafter(self, family: str, stage: str) -> list[str]:
+        return ["--stages", stage, "--drafter", self.path("keep/drafters", f"{family}-csra-0")]
+
+    def active_groups(self, family: str) -> Step:
+        """tau by active groups and score scale, on fewer prompts."""
+        options = self.drafters(family, 0, ("trial",))
+        for share, scores in itertools.product(SHARES, ("renormalised", "hierarchical")):
+            options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]},{scores}"]
+        return Step(6, self.evaluation(family, "active-groups", *options, limit=10), {})
+
+    def heads(self, family: str) -> Step:
+        """The chosen router and the low-rank head, each trained in full on the CSRA drafter of seed 0."""
+        name = f"{family}-coral-0"
+        drafter = self.on_the_drafter(family, "router,low-rank")
+        made = self.training(family, name, "coral", 0, *drafter)
+        return Step(
+            6,
+            {f"runs/{name}/low-rank/result.json": next(iter(made.values()))},
+            {f"runs/{name}/drafter": f"drafters/{name}"},
+        )
+
+    def equal_heads(self, family: str) -> Step:
+        """All heads at equal drafter and tree; static and low-rank ones at the rows that the routed ones read."""
+        options = [*self.drafters(family, 0, ("coral",)), "--head", "full", "--head", "low-rank"]
+        for share in SHARES:
+            rows = round(ROWS[family] * share)
+            rank = round(rows * WIDTH[family] / (ROWS[family] + WIDTH[family]))
+            options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]}", "--head", str(rows)]
+            options += ["--head", f"low-rank:{rank}"]
+        return Step(7, self.evaluation(family, "heads", *options, limit=20), {})
+
+    def speed(self, family: str) -> list[Step]:
+        """Speed alone on the machine: full head for all recipes, then the same drafter with the other heads."""
+        steps = []
+        named = ",".join(each for each in self.drafters(family, 0, ("eagle2", "hass", "csra")) if "=" in each)
+        coral = ",".join(each for each in self.drafters(family, 0, ("coral",)) if "=" in each)
+        wanted = {"full": f"ar,hf-compiled,hf,{named}", "routed": f"ar,{coral}", "frequency": f"ar,{coral}"}
+        for head, methods in wanted.items():
+            out = f"results/{family}-speed-{head}.json"
+            options = ["bench", "--model", MODELS[family], *SETS, "--limit", "10", "--max-new-tokens", "128"]
+            options += ["--methods", methods, "--head", head, "--tree", "6,10,60", "--json", self.path(out)]
+            steps.append(Step(3, {out: [*options, "--plot", self.path(out[:-5] + ".png")]}, {}))
+        return steps
+
+    def cpu(self) -> list[Step]:
+        """Gemma on two cores: the routed head against the full one, same drafter."""
+        steps = []
+        for head in ("full", "routed", "frequency"):
+            out = f"results/gemma3-cpu-{head}.json"
+            methods = "ar," + self.drafters("gemma3", 0, ("coral",))[1]
+            options = ["bench", "--model", MODELS["gemma3"], "--tasks", "sample", "--limit", "4", "--device", "cpu"]
+            options += ["--methods", methods, "--head", head, "--max-new-tokens", "96", "--json", self.path(out)]
+            steps.append(Step(4, {out: options}, {}))
+        return steps
+
+    def run(self, lease: str, minutes: float) -> int:
+        """Do what of a lease is left and fits; the number of steps that are left after it."""
+        ends, left = time.monotonic() + 60 * minutes, 0
+        for number in range(len(self.leases()[lease])):
+            step = self.leases()[lease][number]  # anew: where drafters lie depends on the steps before
+            if all((self.work / out).exists() for out in step.commands):
+                self.keep(step)
+            elif time.monotonic() + 60 * step.minutes > ends:
+                left += 1
+                print(f"left for another lease: {', '.join(step.commands)} ({step.minutes:g} minutes)")
+            else:
+                self.do(step)
+                self.keep(step)
+        return left
+
+    def do(self, step: Step) -> None:
+        """Run a step's commands side by side; one that fails ends the study with its last lines."""
+        running = []
+        for out, options in step.commands.items():
+            if (self.work / out).exists():
+                continue
+            (self.work / "results").mkdir(parents=True, exist_ok=True)
+            if options[0] == "train" and list((self.work / "runs" / options[options.index("--name") + 1]).glob("*")):
+                options = [*options, "--resume"]
+            log = self.work / "logs" / f"{out.replace('/', '_')}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            with log.open("a") as file:
+                command = [sys.executable, "-m", "coral_spec", *options]
+                running.append((log, subprocess.Popen(command, stdout=file, stderr=file, env=environment)))
+        failed = [log for log, process in running if process.wait()]
+        if failed:
+            raise SystemExit("\n".join([f"{failed[0]}:", *failed[0].read_text().splitlines()[-12:]]))
+        for out in step.commands:
+            (self.work / out).touch()  # answers are complete when their command has ended
+
+    def keep(self, step: Step) -> None:
+        """Copy what later leases and RESULTS.md need out of the runs."""
+        for source, name in step.keep.items():
+            if (self.work / source).is_dir():
+                shutil.copytree(self.work / source, self.work / "keep" / name, dirs_exist_ok=True)
+        for out in step.commands:
+            run = (self.work / out).parent
+            if out.startswith("runs/"):
+                kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
+                kept.mkdir(parents=True, exist_ok=True)
+                for file in ("config.toml", "metrics.jsonl", "result.json", "curves.png"):
+                    if (run / file).is_file():
+                        shutil.copyfile(run / file, kept / file)
+
+
+def side_by_side(commands: dict[str, list[str]], minutes: float) -> list[Step]:
+    """Steps of a few commands each."""
+    names = list(commands)
+    parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
+    return [Step(minutes, {name: commands[name] for name in part}, {}) for part in parts]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--lease", help="which part to do")
+    parser.add_argument("--minutes", type=float, default=24.0, help="no step is begun that would not end by then")
+    parser.add_argument("--prompts", type=Path, help="JSON lines of prompts, for the leases of answers")
+    parser.add_argument("--plan", action="store_true", help="print the leases and what of them is done")
+    arguments = parser.parse_args()
+    study = Study(arguments.work, arguments.prompts)
+    leases = study.leases()
+    if arguments.plan or arguments.lease not in leases:
+        for name, steps in leases.items():
+            done = sum(all((study.work / out).exists() for out in step.commands) for step in steps)
+            total = sum(step.minutes for step in steps)
+            print(f"{name:16} {total:5.0f} minutes, {done} of {len(steps)} steps done")
+        return 0 if arguments.plan else 2
+    return 1 if study.run(arguments.lease, arguments.minutes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The study's tables from its JSON files: tau by recipe with intervals, heads at equal drafter, speed.
+
+    python packages/coral-spec/benchmarks/study_report.py RESULTS --json OUT.json --curve CURVE.png
+
+RESULTS is WORK/results of `study.py`. Differences between recipes are paired: same seed, same prompt. Their 95 %
+intervals resample seeds, and prompts within each set, so that they hold for another training as well as for other
+prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from expkit.checkpoint import atomic_path, write_json
+from expkit.metrics import read_metrics
+from expkit.rundir import evidence
+
+SAMPLES, SEED = 10_000, 0
+PAIRS = (("hass", "eagle2"), ("csra", "hass"), ("csra", "eagle2"))
+
+Taus = dict[tuple[int, str, str], list[float]]  # by seed, task and recipe: one for each prompt
+
+
+def read_taus(results: Path, family: str) -> Taus:
+    """Per-prompt tau of all recipes, at temperature 0."""
+    found: Taus = {}
+    for path in sorted(results.glob(f"{family}-recipes-seed*-t0.json")):
+        seed = int(re.findall(r"seed(\d+)", path.name)[0])
+        for run in json.loads(path.read_text())["runs"]:
+            found[seed, run["task"], run["method"]] = [each["tau"] for each in run["prompt_records"]]
+    return found
+
+
+def mean_difference(taus: Taus, a: str, b: str, draw: random.Random | None) -> float:
+    """Mean over sets of the mean over seeds and prompts of tau(a) - tau(b), resampled if `draw` is given."""
+    seeds = sorted({seed for seed, _, _ in taus})
+    tasks = sorted({task for _, task, _ in taus})
+    chosen = draw.choices(seeds, k=len(seeds)) if draw else seeds
+    means = []
+    for task in tasks:
+        prompts = range(len(taus[seeds[0], task, a]))
+        picked = draw.choices(prompts, k=len(prompts)) if draw else list(prompts)
+        pairs = [(taus[seed, task, a][at], taus[seed, task, b][at]) for seed in chosen for at in picked]
+        kept = [x - y for x, y in pairs if x is not None and y is not None]
+        means.append(sum(kept) / len(kept))
+    return sum(means) / len(means)
+
+
+def compare(taus: Taus) -> dict[str, Any]:
+    """Mean tau of each recipe (per prompt, over sets and seeds) and the paired differences."""
+    by_recipe: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for (_, task, recipe), values in taus.items():
+        by_recipe[recipe][task] += [value for value in values if value is not None]
+    means = {
+        recipe: {task: sum(values) / len(values) for task, values in tasks.items()}
+        for recipe, tasks in by_recipe.items()
+    }
+    differences = {}
+    for a, b in PAIRS:
+        if a in means and b in means:
+            draw = random.Random(SEED)
+            samples = sorted(mean_difference(taus, a, b, draw) for _ in range(SAMPLES))
+            base = sum(means[b].values()) / len(means[b])
+            middle = mean_difference(taus, a, b, None)
+            differences[f"{a} - {b}"] = {
+                "mean": middle,
+                "share": middle / base,
+                "interval_95": [samples[SAMPLES // 40], samples[-SAMPLES // 40]],
+            }
+    return {"tau_prompts": means, "seeds": len({seed for seed, _, _ in taus}), "differences": differences}
+
+
+def heads(results: Path, family: str) -> list[dict[str, Any]]:
+    """Rows read, recall and tau of every head, means over the sets."""
+    table = []
+    for name in ("heads", "active-groups"):
+        path = results / f"{family}-{name}.json"
+        runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+        for head in dict.fromkeys(run["head"] for run in runs):
+            own = [run for run in runs if run["head"] == head]
+            recalls = [run["router_recall"] for run in own if run["router_recall"] is not None]
+            table.append(
+                {
+                    "file": path.name,
+                    "head": head,
+                    "rows_per_round": own[0]["rows_per_round"],
+                    "router_recall": sum(recalls) / len(recalls) if recalls else None,
+                    "tau": sum(run["tau"] for run in own) / len(own),
+                }
+            )
+    return table
+
+
+def speeds(results: Path, family: str) -> list[dict[str, Any]]:
+    """Tokens per second and speed-ups by set, method and head."""
+    table = []
+    for path in sorted([*results.glob(f"{family}-speed-*.json"), *results.glob(f"{family}-cpu-*.json")]):
+        found = json.loads(path.read_text())
+        for run in found["runs"]:
+            figures = {key: run[key] for key in ("task", "method", "tokens_per_second", "tau", "speedup", "time_split")}
+            table.append({"file": path.name, "head": found["settings"]["head"], **figures})
+    return table
+
+
+def trainings(results: Path) -> dict[str, dict[str, Any]]:
+    """What every training came to: the lines that chose the defaults."""
+    found = {}
+    for path in sorted((results / "training").rglob("result.json")):
+        result = json.loads(path.read_text())
+        keys = ("tau_sim", "rates", "held_out_mass", "held_out_recall", "held_out_agreed", "rows", "steps", "tokens")
+        found[str(path.parent.relative_to(results / "training"))] = {
+            key: result[key] for key in (*keys, "minutes") if key in result
+        }
+    return found
+
+
+def save_curve(results: Path, path: Path) -> None:
+    """Simulated tau against tokens through the target, one line for each full training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    recipes = ("eagle2", "hass", "csra")
+    for folder in sorted((results / "training").glob("*-[0-9]")):
+        family, recipe, seed = folder.name.rsplit("-", 2)
+        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "tau_sim" in line]
+        if recipe in recipes:
+            tokens, taus = [line["tokens"] / 1e6 for line in lines], [line["tau_sim"] for line in lines]
+            style = "-" if family == "smollm2" else "--"
+            axes.plot(tokens, taus, style, color=f"C{recipes.index(recipe)}", label=f"{family} {recipe}, seed {seed}")
+    axes.set(xlabel="million tokens through the target", ylabel="tokens per round (simulated, held out)")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=7, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--curve", type=Path)
+    options = parser.parse_args()
+    report: dict[str, Any] = {"trainings": trainings(options.results)}
+    for family in ("smollm2", "gemma3"):
+        taus = read_taus(options.results, family)
+        report[family] = {
+            "recipes": compare(taus) if taus else None,
+            "heads": heads(options.results, family),
+            "speed": speeds(options.results, family),
+        }
+        for name, value in (report[family]["recipes"] or {}).items():
+            print(family, name, json.dumps(value))
+        for line in report[family]["heads"]:
+            print(family, json.dumps(line))
+    for name, line in report["trainings"].items():
+        print(name, json.dumps(line))
+    write_json(options.json, {**report, "bootstrap_samples": SAMPLES, **evidence(SEED)})
+    if options.curve is not None:
+        save_curve(options.results, options.curve)
+
+
+if __name__ == "__main__":
+    main()
