@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import Drafter, DrafterConfig
 from coral_spec.grouping import EMPTY, make_grouping
@@ -134,6 +135,26 @@ def test_packed_and_plain_slabs_agree(target: Target, monkeypatch: pytest.Monkey
     assert (packed._packed is None) != (packed._slabs is None) and plain._packed is None
     for mine, other in zip(packed.top(features, 6), plain.top(features, 6), strict=True):
         assert torch.allclose(mine.double(), other.double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("scores", ["renormalised", "hierarchical"])
+@pytest.mark.parametrize("paths", [None, [-1.0, -0.1, -3.0, -2.0, -0.5]])
+def test_the_routed_head_gives_the_same_on_its_kernels(
+    scores: str, paths: list[float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr("coral_spec.heads.routed._packable", lambda slabs: False)
+    place = tiny_target(device="cuda" if torch.cuda.is_available() else "cpu")
+    head = RoutedHead(Backbone(place), routing_for(place, scores=scores))
+    features = torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(0)).to(place.device)
+    level = None if paths is None else torch.tensor([paths], device=place.device)
+    monkeypatch.setattr(kernels, "serve", lambda states: False)
+    wanted, levels = head.top(features, 6, level), head._levels
+    monkeypatch.setattr(kernels, "serve", lambda states: True)
+    found = head.top(features, 6, level)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], wanted[1])
+    assert torch.equal(head._levels[-1], levels[-1] if paths is None else levels[0])
 
 
 def test_low_rank_at_full_width_is_the_full_head(target: Target) -> None:

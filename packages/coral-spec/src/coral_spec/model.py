@@ -72,6 +72,8 @@ def load(
     Raises:
         UsageError: anything given does not exist, is damaged or does not fit together.
     """
+    HeadChoice.parse(head)  # what can be refused at once is refused before a model is loaded
+    _require_draft(draft)
     if isinstance(target, str):
         from coral_spec.targets import load_target
 
@@ -127,9 +129,8 @@ class Model:
         if name == "ngram":
             ngrams = self._tree = self._tree or NGRAM_TREES[self.target.device.type]
             return lambda _: NgramDraft(ngrams)
+        _require_draft(name)
         folder = Path(name)
-        if not folder.is_dir():
-            raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
         loaded = Drafter.load(folder, self.target)
         drafter = FusedDrafter(loaded)
         proposals = make_head(self._backbone, folder, head, loaded)
@@ -241,6 +242,11 @@ class Model:
             self._idle[shape] = max(session, other, key=lambda each: each.room)
             while len(self._idle) > IDLE_SESSIONS:
                 del self._idle[next(iter(self._idle))]
+
+
+def _require_draft(name: str) -> None:
+    if name not in ("auto", "none", "ngram") and not Path(name).is_dir():
+        raise UsageError(f"draft is {name!r}, needed auto, none, ngram or the folder of a drafter")
 
 
 def acceptance_profile(folder: Path | None, rows: int) -> Acceptance:
