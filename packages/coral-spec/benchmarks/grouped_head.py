@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,8 @@ from torch.nn import functional
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from graph_timing import microseconds
 
 from coral_spec.kernels.grouped import grouped_top
 from coral_spec.kernels.top import top_log_probs
@@ -43,28 +43,6 @@ HEADS = {
 GROUPS, COUNT = 32, 10
 SHARES = (4, 8)
 NODES = (1, 10, 16)
-
-
-def microseconds(calls: list[Callable[[], Any]]) -> float:
-    """Median time of one call; on a CPU nothing is captured."""
-    for call in calls:
-        call()
-    if DEVICE.type == "cpu":
-        return float("nan")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def copy_bandwidth() -> float:

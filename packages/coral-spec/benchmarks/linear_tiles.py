@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from graph_timing import microseconds
 
 from coral_spec.kernels.linear import Tiles, choose_tiles, linear
 from expkit.checkpoint import write_json
@@ -59,26 +60,6 @@ def launches(name: str, rows: int, tiles: Tiles | None, weights: list[torch.Tens
     options: dict[str, Any] = {"squares": squares, "eps": 1e-5, "residual": extra, "next_norm": scale}
     options["activation"] = "silu" if gated else None
     return [lambda w=w: linear(states, w, tiles=tiles, cast=like.device.type == "cpu", **options) for w in weights]
-
-
-def microseconds(calls: list[Any]) -> float:
-    """Median time of one call, the calls captured one after another."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(7):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def make_weights(name: str, count: int, device: str) -> list[torch.Tensor]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,8 @@ from torch.nn import functional
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from graph_timing import microseconds
 
 from coral_spec.kernels.attention import Blocks, attend, choose_blocks
 from coral_spec.masks import additive, visibility
@@ -142,27 +143,6 @@ def flex(problem: Problem) -> list[Callable[[], Tensor]]:
         mask = create_block_mask(seen, None, None, nodes, keys.shape[2], device=str(DEVICE))
         found.append(lambda q=whole, k=keys, v=values, m=mask: compiled(q, k, v, block_mask=m, enable_gqa=True))
     return found
-
-
-def microseconds(calls: list[Callable[[], Tensor]]) -> float:
-    """Median time of one call; on a CPU nothing is captured."""
-    calls[0]()
-    if DEVICE.type == "cpu":
-        return float("nan")
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(9):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times)
 
 
 def error(problem: Problem) -> float:

@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that every test may say `from tiny import ...`; keeps data sets of the user out."""
+"""Puts this folder on the path, so that tests may say `from tiny_domains import ...`; keeps users' data sets out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts this folder on the path, so that every test may say `from tiny import ...`."""
+"""Puts this folder on the path, so that every test may say `from tiny_models import ...`."""
 
 from __future__ import annotations
 

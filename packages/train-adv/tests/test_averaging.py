@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.averaging import WeightAverage
 from train_adv.models.classifier import Classifier, ModelSpec
 

@@ -7,7 +7,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.awp import AWP
 
 

@@ -16,7 +16,7 @@ from pden.baselines.augmix import jensen_shannon
 from pden.baselines.operations import NAMES, dirichlet, operate, random_operation
 from pden.models import build_model
 from pden.training.stream import Stream
-from tiny import finish, tiny_domain, tiny_trainer, weights
+from tiny_domains import finish, tiny_domain, tiny_trainer, weights
 
 CPU = torch.device("cpu")
 

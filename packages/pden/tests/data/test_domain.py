@@ -14,7 +14,7 @@ from pden.data import Domain, Home, from_dataset, load_domain, parse_target
 from pden.data.augment import crop_flip
 from pden.data.domain import to_uint8
 from pden.data.folder import load_masks
-from tiny import tiny_domain
+from tiny_domains import tiny_domain
 
 HOME = Home((), Path("nowhere"), download=False)
 

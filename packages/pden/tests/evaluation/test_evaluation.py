@@ -16,7 +16,7 @@ from pden.evaluation.chart import save_bars, save_curve
 from pden.evaluation.targets import absent_note, load_targets, with_classes
 from pden.models import TaskModel
 from pden.training.history import selections
-from tiny import tiny_dense, tiny_domain
+from tiny_domains import tiny_dense, tiny_domain
 
 HOME = Home((), Path("nowhere"), download=False)
 

@@ -10,7 +10,7 @@ from pden.baselines import BASELINES
 from pden.data.corruptions import CORRUPTIONS, corrupt
 from pden.training.state import capture, restore
 from pden.training.trainer import Trainer
-from tiny import finish, tiny_config, tiny_domain, weights
+from tiny_domains import finish, tiny_config, tiny_domain, weights
 
 CUDA = torch.device("cuda")
 

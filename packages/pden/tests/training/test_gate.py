@@ -11,7 +11,7 @@ from pden.models import TaskModel, build_model
 from pden.training.config import GateConfig
 from pden.training.gate import DomainReport, Measures, distance, judge_domain, measure
 from pden.training.stream import Stream
-from tiny import tiny_domain
+from tiny_domains import tiny_domain
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch
 
 from expkit.checkpoint import CheckpointStore
 from pden.training.state import capture, restore
-from tiny import finish, tiny_trainer, weights
+from tiny_domains import finish, tiny_trainer, weights
 
 # Steps of the tiny run: 6 of pre-training, 4 of the judge, then rounds of 6, whose generator learns for 3.
 PLACES = {"pretraining": 3, "judge": 8, "learning": 12, "frozen": 14, "second round": 17, "between rounds": 16}

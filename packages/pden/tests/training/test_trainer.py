@@ -13,7 +13,7 @@ from pden.training.config import TrainConfig
 from pden.training.objectives import task_loss
 from pden.training.trainer import Trainer
 from pden.training.views import make_views
-from tiny import finish, tiny_config, tiny_dense, tiny_domain, tiny_trainer, weights
+from tiny_domains import finish, tiny_config, tiny_dense, tiny_domain, tiny_trainer, weights
 
 
 class Blank(Generator):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expkit.errors import UsageError
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks.apgd import APGD, apgd_targeted
 from train_adv.attacks.losses import cross_entropy, dlr, targeted_dlr
 from train_adv.attacks.norms import L1, L2, Linf

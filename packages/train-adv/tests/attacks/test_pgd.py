@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks import losses
 from train_adv.attacks.norms import L2, Linf
 from train_adv.attacks.pgd import PGD, fgsm

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from expkit.errors import UsageError
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks.pgd import PGD
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.evaluation import evaluate as module

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from expkit.errors import UsageError
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks.norms import L2
 from train_adv.attacks.pgd import PGD
 from train_adv.hosts.make import make_host

@@ -9,7 +9,7 @@ import torch
 
 from expkit.checkpoint import save_tensors
 from expkit.errors import UsageError
-from tiny import tiny_net
+from tiny_models import tiny_net
 from train_adv.models.build import build
 from train_adv.models.checkpoint import figures_of, load_model, save_model
 from train_adv.models.classifier import Classifier, ModelSpec

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from expkit.errors import UsageError
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.topology.features import FeatureTap
 from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.regularizer import TopologyRegularizer

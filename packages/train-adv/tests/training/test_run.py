@@ -18,7 +18,7 @@ import train_adv
 from expkit.checkpoint import CheckpointStore, load_tensors
 from expkit.errors import UsageError
 from expkit.metrics import read_metrics
-from tiny import tiny_batch, tiny_net
+from tiny_models import tiny_batch, tiny_net
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.models.checkpoint import figures_of
 from train_adv.topology.metrics import NEIGHBOURS
