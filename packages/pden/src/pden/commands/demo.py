@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def run(
     out: Annotated[Path, typer.Option(help="Folder for gallery.png and chart.png.")] = Path("pden-demo"),
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything; 3 is the median of five.")] = 3,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of expansion; the preset's by default.")] = None,
     device: options.Device = "auto",
     json: options.Json = None,
@@ -57,7 +57,7 @@ def run(
     typer.echo(table.markdown(rows))
     seconds = {method: result["seconds"] for method, result in results.items()}
     gain = 100 * (rows["pden"][table.AVERAGE][0] - rows["erm"][table.AVERAGE][0])
-    typer.echo(f"PDEN against ERM: {gain:+.1f} points on average, one seed, last weights, equal steps")
+    typer.echo(f"PDEN against ERM: {gain:+.1f} points on average, one seed, last weights, equal steps; seeds differ")
     save_bars(rows, out / "chart.png", title=f"trained on scikit-learn's digits alone, seed {seed}, last weights")
     typer.echo(f"pictures: {out.resolve()}")
     if json is not None:

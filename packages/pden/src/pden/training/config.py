@@ -96,8 +96,8 @@ class LossConfig:
     Attributes:
         safety, diversity, cycle, adversarial: of the generator's losses; 0 leaves one out.
         diversity_limit: beyond which two draws need not differ more.
-        contrast: of the task model across views: none, instance, supervised, barlow. Adversarial contrast feeds on
-            embeddings that tell images apart, which supervised contrast works against.
+        contrast: of the task model across views: none, instance, supervised, barlow. Small runs do not
+            tell them apart (RESULTS.md), so this default is no finding.
         contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
         temperature: of both contrasts.
         off_diagonal: of Barlow Twins.
