@@ -97,6 +97,7 @@ def plain(model: Classifier, batches: Batches, arguments: argparse.Namespace, de
         synchronize(device)
         begun = time.perf_counter()
         for images, labels in batches.epoch(epoch):
+            images = images.contiguous()  # torch's own layout is the faster one in fp32
             adversarial = attack(images, labels)
             model.train()
             optimizer.zero_grad()

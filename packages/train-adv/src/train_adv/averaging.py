@@ -52,6 +52,7 @@ class WeightAverage:
     @torch.no_grad()
     def refresh(self, batches: Iterable[Tensor]) -> None:
         """Compute the running statistics anew, as the plain mean over batches of (adversarial) images."""
+        batches = list(batches)  # made before anything is reset: attacks run on this very model's statistics
         layers = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
         momenta = [layer.momentum for layer in layers]
         for layer in layers:

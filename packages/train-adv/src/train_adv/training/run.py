@@ -268,6 +268,7 @@ class _Job:
                     if every and number % every == 0 and number < steps:
                         synchronize(self.device)
                         trainer.progress.seconds += time.perf_counter() - begun
+                        trainer.require_finite()  # no checkpoint of a model that is no number
                         self._save()
                         begun = time.perf_counter()
                 synchronize(self.device)

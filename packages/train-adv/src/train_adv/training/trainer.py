@@ -129,9 +129,9 @@ class Trainer:
             self._step(images.contiguous(memory_format=torch.channels_last), labels)
             progress.number += 1
             if progress.number % self.config.log_every == 0:
-                self._require_finite()
+                self.require_finite()
             yield progress.number
-        self._require_finite()
+        self.require_finite()
         if self.average is not None and self.config.averaging.kind == "swa":
             if progress.epoch + 1 > self.config.averaging.start * self.config.epochs:
                 self.average.update(self.model)
@@ -294,7 +294,8 @@ class Trainer:
             learning.append(self.topology.reference)
         return learning
 
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
+        """UsageError when a loss since the epoch began was not a number."""
         if float(self._sums[4]) == 0:
             return
         config, progress = self.config, self.progress
