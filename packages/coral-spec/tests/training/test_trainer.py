@@ -165,13 +165,13 @@ def whole_graph_gradients(trainer: Trainer, number: int) -> list[torch.Tensor]:
     return list(torch.autograd.grad(total, list(trainer.drafter.parameters())))
 
 
-@pytest.mark.parametrize("anchor", ["first", "previous", "target"])
-@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize(
+    ("anchor", "stop_gradient"),
+    [("first", True), ("first", False), ("previous", True), ("previous", False), ("target", True)],
+)
 def test_alignment_has_the_gradient_of_one_whole_graph(
     target: Target, data: Path, anchor: Any, stop_gradient: bool
 ) -> None:
-    if anchor == "target" and not stop_gradient:
-        pytest.skip("the target has no gradient")
     csra = CsraConfig(weight=0.5, anchor=anchor, stop_gradient=stop_gradient, chunk=16)
     loss = LossConfig(feature=1.0, soft=0.0, top=0.0)
     config = small_config(data, noise=0.0, align_steps=3, csra=csra, loss=loss)

@@ -187,7 +187,6 @@ def test_a_compiled_run_is_the_eager_one(tmp_path):
         ({"attack": {"epsilon": 8.0}}, "8/255"),
         ({"batch_size": 1}, "no neighbours"),
         ({"epoch": 3}, 'did you mean "epochs"'),
-        ({"topology": {"weight": 1.0, "layer": "layer4", "reference_epochs": 1}}, 'no layer "layer4"'),
         ({"topology": {"weight": 1.0, "path": "nowhere"}}, "nowhere"),
         ({"dtype": "fp16"}, "float16"),
         ({"model": "resnet-18"}, "did you mean"),

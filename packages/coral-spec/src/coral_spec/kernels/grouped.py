@@ -15,13 +15,12 @@ from torch import Tensor
 from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 from coral_spec.kernels.top import key_index, key_value, to_key
 
-NOTHING = -0x7FFFFFFFFFFFFFFF
 JOINED = 2048  # keys that one program joins
 
 
 @triton.jit
-def _keep_best(keys, out_ptr, K: tl.constexpr, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The ``K`` largest of every row of ``keys [BLOCK_R, columns]``, to ``out_ptr[:, None] + 0, 1, ...``."""
+def _keep_best(keys, out_ptr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The ``K`` largest of every row of ``keys [rows, columns]``, to ``out_ptr[:, None] + 0, 1, ...``."""
     for place in tl.static_range(K):
         best = tl.max(keys, axis=1)
         tl.store(out_ptr + place, best)
@@ -67,7 +66,7 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     keys = tl.where(row_in[None, :], to_key(logits, (place * rows + row)[None, :]), -0x7FFFFFFFFFFFFFFF)
     # Rows behind the last node write to a node's place that is thrown away.
     spare = tl.where(node_in, at, nodes * tl.num_programs(1) * tiles)
-    _keep_best(keys, keys_ptr + spare * K, K, BLOCK_R)
+    _keep_best(keys, keys_ptr + spare * K, K)
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "count", "groups"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -163,7 +163,8 @@ class Evaluator:
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         # Its code views gradients as flat rows, which channels-last images would not allow.
-        found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
+        with _tf32(False):
+            found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
         return standing & self._right(found, labels)
 
     def _right(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -174,20 +175,24 @@ class Evaluator:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        return logits_of(self.model, images)
+        with _tf32(False):  # torch's own default for convolutions is TF32
+            return logits_of(self.model, images)
 
     def _precision(self) -> AbstractContextManager[None]:
         if self.dtype != torch.float32:
             return autocast(self.device, self.dtype)
-        return _tf32() if self.tf32 and self.device.type == "cuda" else nullcontext()
+        return _tf32(self.tf32)
 
 
-class _tf32:
-    """TF32 in convolutions and products inside; as it was afterwards."""
+class _tf32(AbstractContextManager[None]):
+    """Whether convolutions and products inside are in TF32 on a GPU; as it was afterwards."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
 
     def __enter__(self) -> None:
         self.before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.on
 
     def __exit__(self, *_: object) -> None:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before

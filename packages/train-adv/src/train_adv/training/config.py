@@ -80,7 +80,6 @@ class TopologyConfig:
         reference: "frozen", "co-trained" or "ema".
         path: checkpoint or run folder of the standard model; left out, one is trained first, into the run's folder.
         reference_epochs: epochs of that training; 0 is as many as the run's.
-        layer: of both networks, see `train_adv.topology.features.FeatureTap`; "logits" compares logits.
         warmup: epochs over which lambda rises from 0.
         decay: of an "ema" reference.
         statistics: BatchNorm in the natural forward that a host does not have: "shared", "dual" or "frozen".
@@ -94,7 +93,6 @@ class TopologyConfig:
     reference: ReferenceKind = "frozen"
     path: Path | None = None
     reference_epochs: int = 0
-    layer: str = "auto"
     warmup: float = 0.0
     decay: float = 0.999
     statistics: NaturalStatistics = "shared"

@@ -238,8 +238,6 @@ class _Job:
             model,
             reference.to(self.device) if reference is not None else None,
             weight=settings.weight,
-            layer=settings.layer,
-            reference_layer=settings.layer,
             loss=loss,
             kind=settings.reference,
             decay=settings.decay,
