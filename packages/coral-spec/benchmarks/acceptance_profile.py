@@ -1,11 +1,12 @@
-"""Measure what every tree shape of a drafter accepts, for `--tree auto`; CPU or GPU, whichever is there.
+"""Measure what every tree shape of a drafter accepts, for `--tree auto`.
 
     python packages/coral-spec/benchmarks/acceptance_profile.py \
         --out packages/coral-spec/src/coral_spec/drafters/smollm2-135m/acceptance.json
 
 The target answers this package's own sample prompts greedily, and every shape is replayed on those answers, for all
-head rows and for the most frequent 8,192. Shapes that the file has already are not measured again. Any drafter:
-`--model MODEL --draft FOLDER --out FOLDER/acceptance.json`.
+head rows and for the most frequent ones that are the default on this device. On a GPU it is the shapes of 60 nodes,
+which are decoded with, as that is faster there than a replay. Shapes that the file has already are not measured again.
+Any prompts: `--prompts FILE --every N`; any drafter: `--model MODEL --draft FOLDER --out FOLDER/acceptance.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 
 import coral_spec
-from coral_spec.bench.tasks import load_task
+from coral_spec.bench.tasks import load_task, read_prompts
 from coral_spec.model import Model, bundled_drafter
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import replay, survival
@@ -36,6 +37,19 @@ SHAPES = (
 # fmt: on
 
 
+def decode_answers(
+    model: Model, head: str, prompts: list[list[int]], tokens: int, shapes: list[str]
+) -> dict[str, list[int]]:
+    """Rounds' accepted lengths by shape, of greedy answers."""
+    accepted: dict[str, list[int]] = {}
+    for name in shapes:
+        drafting = model.with_draft(model.draft_name, tree=TreeShape.parse(name), head=head)
+        found = [drafting.generate(ids, max_new_tokens=tokens).statistics.accept_lengths for ids in prompts]
+        accepted[name] = [length for each in found for length in each]
+        print(f"rows {model.head_rows}: {name}", flush=True)
+    return accepted
+
+
 @torch.inference_mode()
 def replay_answers(model: Model, texts: list[tuple[list[int], int]], shapes: list[str]) -> dict[str, list[int]]:
     """Rounds' accepted lengths by shape, over all ``(text, tokens of the prompt)``."""
@@ -50,15 +64,9 @@ def replay_answers(model: Model, texts: list[tuple[list[int], int]], shapes: lis
     return accepted
 
 
-def answers(
-    plain: Model, tokens: int, task: str, limit: int | None, data_dir: Path | None
-) -> list[tuple[list[int], int]]:
-    """Greedy answers to a task's prompts, each with the length of its prompt."""
-    texts = []
-    for prompt in load_task(task, limit=limit, data_dir=data_dir):
-        ids = plain.encode(prompt.text)
-        texts.append((ids + plain.generate(ids, max_new_tokens=tokens).token_ids, len(ids)))
-    return texts
+def answers(plain: Model, prompts: list[list[int]], tokens: int) -> list[tuple[list[int], int]]:
+    """Greedy answers, prompts in front, each with the length of its prompt."""
+    return [(ids + plain.generate(ids, max_new_tokens=tokens).token_ids, len(ids)) for ids in prompts]
 
 
 def main() -> None:
@@ -66,9 +74,8 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--draft", default="auto")
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--task", default="sample")
-    parser.add_argument("--limit", type=int)
-    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--prompts", type=Path, help="in place of the sample prompts")
+    parser.add_argument("--every", type=int, default=1, help="only every so many-th prompt")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     proof = evidence(0)
@@ -77,17 +84,26 @@ def main() -> None:
     )
     plain = coral_spec.load(options.model, draft="none")
     draft = str(bundled_drafter(plain.target)) if options.draft == "auto" else options.draft
-    texts = answers(plain, options.max_new_tokens, options.task, options.limit, options.data_dir)
+    prompts = read_prompts(options.prompts) if options.prompts else load_task("sample")
+    ids = [plain.encode(prompt.text) for prompt in prompts[:: options.every]]
+    cuda = plain.target.device.type == "cuda"
+    texts = [] if cuda else answers(plain, ids, options.max_new_tokens)
+    shapes = [name for name in SHAPES if not cuda or TreeShape.parse(name).budget == 60]
     profiles = []
     for head in ("full", "frequency"):
         model = plain.with_draft(draft, tree=TreeShape(1, 1, 1), head=head)
         old = next((each for each in held["profiles"] if each["rows"] == model.head_rows), {"survival": {}})
-        missing = [name for name in SHAPES if name not in old["survival"]]
-        found = replay_answers(model, texts, missing)
+        missing = [name for name in shapes if name not in old["survival"]]
+        if cuda:
+            found = decode_answers(model, head, ids, options.max_new_tokens, missing)
+        else:
+            found = replay_answers(model, texts, missing)
         shares = {name: survival(rounds, TreeShape.parse(name).depth) for name, rounds in found.items()}
         rounded = {name: [round(share, 4) for share in each] for name, each in shares.items()}
-        counts = {"rounds": len(found["1,1,1"])} if "1,1,1" in found else {"rounds": old["rounds"]}
-        profiles.append({"rows": model.head_rows, **counts, "survival": {**old["survival"], **rounded}})
+        rounds = {"rounds": max(old.get("rounds", 0), *map(len, found.values())) if found else old["rounds"]}
+        profiles.append({"rows": model.head_rows, **rounds, "survival": {**old["survival"], **rounded}})
+    others = [each for each in held["profiles"] if each["rows"] not in {profile["rows"] for profile in profiles}]
+    profiles = sorted([*others, *profiles], key=lambda each: -each["rows"])
     write_json(options.out, {"profiles": profiles, "runs": [*held["runs"], proof]})
 
 

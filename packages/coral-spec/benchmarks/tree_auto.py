@@ -2,14 +2,16 @@
 
     python packages/coral-spec/benchmarks/tree_auto.py --json packages/coral-spec/results/tree-auto-cpu.json
 
-Every tree answers every prompt greedily, prompt by prompt in a turning order, since a machine's speed drifts. Times are
-those of decoding, prefill not counted (it is the same for all). Predictions were there before: the step costs of this
-machine and the drafter's profile. `--quick` takes less than a minute on two cores.
+Every tree answers every prompt greedily, prompt by prompt in an order drawn anew, since a machine's speed drifts and
+what ran before leaves its marks. Times are those of decoding, prefill not counted (it is the same for all).
+Predictions were there before: the step costs of this machine and the drafter's profile. `--quick` takes less than a
+minute on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -47,9 +49,9 @@ def measure(models: dict[str, Model], prompts: list[list[int]], tokens: int) -> 
     found: dict[str, list[Statistics]] = {name: [] for name in names}
     for model in models.values():
         model.generate(prompts[0], max_new_tokens=40, ignore_eos=True)
+    order = random.Random(0)
     for number, ids in enumerate(prompts):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.sample(names, len(names)):
             found[name].append(models[name].generate(ids, max_new_tokens=tokens).statistics)
         print(f"{number + 1} of {len(prompts)} prompts", flush=True)
     return found

@@ -26,11 +26,13 @@ class Draft(Protocol):
         shape: of its trees; None for plain decoding.
         depth: levels of its trees; 0 for plain decoding.
         slack: cache slots needed behind the filled prefix.
+        rows: most nodes of one forward, the target's or its own.
     """
 
     shape: TreeShape | None
     depth: int
     slack: int
+    rows: int
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """Make room for ``batch`` rows (a single row is repeated) of ``capacity`` slots, keeping ``filled``."""
@@ -72,7 +74,7 @@ class NoDraft:
 
     shape: TreeShape | None = None
     depth = 0
-    slack = 1
+    slack = rows = 1
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """Nothing is kept."""
@@ -109,7 +111,7 @@ class NgramDraft:
         self.depth = shape.depth
         self.width = max(1, min(shape.width, shape.budget // shape.depth))
         self.longest, self.shortest = longest, shortest
-        self.slack = self.depth * self.width + 1
+        self.slack = self.rows = self.depth * self.width + 1
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """The engine keeps the history."""
@@ -192,7 +194,8 @@ class DrafterDraft:
         self.head = head
         self.shape: TreeShape | None = shape
         self.depth, self.width = shape.depth, shape.width
-        self.slack = max(shape.budget + 1, (shape.depth - 1) * shape.width + 1, shape.depth + 1)
+        self.rows = max(shape.budget + 1, shape.width, shape.depth + 1)
+        self.slack = max(self.rows, (shape.depth - 1) * shape.width + 1)
         self._backbone, self._layers = backbone, drafter
         self._store = SlotStore(0)
         self._feature: Tensor = torch.empty(0)  # (batch, hidden): predicted for the newest token

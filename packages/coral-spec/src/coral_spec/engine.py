@@ -59,7 +59,7 @@ class Session:
         self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(1, self.capacity, dtype=torch.long, device=self.device)
         self.watch = Stopwatch(self.device)
-        served = draft.slack <= kernels.MAX_ROWS and backbone.target.dtype in kernels.DTYPES and bool(backbone.layers)
+        served = draft.rows <= kernels.MAX_ROWS and backbone.target.dtype in kernels.DTYPES and bool(backbone.layers)
         self.graphs = Graphs(self) if served and kernels.available(self.device) else None
         self.busy = False
         self._ready: list[tuple[Tensor, Tensor | None]] = []

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from coral_spec.engine import Session
 
 AHEAD = 2  # rounds that may be under way
-WARM_UPS = 2
 KEPT = 8  # captured rounds of a session: one for each way of sampling
 PROMPT_ROWS = 64  # tokens of a prompt read by one replay
 TIMED_EVERY = 32  # rounds, of which one is timed part by part
@@ -192,7 +191,8 @@ class Graphs:
             self._rounds[key] = self._rounds.pop(key)  # the last one is the one used last
         else:
             watch = self._session.watch.for_graph() if timed else None
-            found = self._capture(lambda: self._run(sampling, keep_logits), watch)
+            known = (sampling, keep_logits, not timed) in self._rounds  # then everything is compiled
+            found = self._capture(lambda: self._run(sampling, keep_logits), watch, warm_up=not known)
             if found is not None:
                 while len(self._rounds) >= KEPT:  # requests may come with ever new temperatures
                     del self._rounds[next(iter(self._rounds))]
@@ -220,8 +220,10 @@ class Graphs:
                 self._absorbed = _Absorbed(found[0], tokens, features, start, count)
         return self._absorbed
 
-    def _capture(self, run: Callable[[], _Result], timer: Stopwatch | None = None) -> tuple[Any, _Result] | None:
-        """Run for the side effects on compilers and allocators, put the state back, and record, laps included."""
+    def _capture(
+        self, run: Callable[[], _Result], timer: Stopwatch | None = None, *, warm_up: bool = True
+    ) -> tuple[Any, _Result] | None:
+        """Run once for the side effects on compilers and libraries, put the state back, and record, laps included."""
         if self._refused:
             return None
         session = self._session
@@ -234,7 +236,7 @@ class Graphs:
         try:
             with torch.cuda.stream(stream):
                 try:
-                    for _ in range(WARM_UPS):
+                    if warm_up:
                         run()
                 finally:
                     for part, saved in zip(state, before, strict=True):

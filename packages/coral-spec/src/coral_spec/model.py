@@ -163,7 +163,7 @@ class Model:
     def note(self, session: Session, accept_lengths: list[int]) -> None:
         """Learn from the rounds of an answer, so that the next one may have a better tree."""
         if self.tuner is not None:
-            self.tuner.note(session.draft.shape, accept_lengths)
+            self.tuner.note(session.draft.shape, accept_lengths, self._idle.keys())
 
     def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
         """The same target, weights shared, with another draft."""

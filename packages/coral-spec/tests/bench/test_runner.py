@@ -182,6 +182,24 @@ def test_in_bf16_a_swap_of_two_close_tokens_is_a_tie() -> None:
     assert judgement.verdict == ("tie" if judgement.gap <= min(judgement.noise, 0.5) else "bug")
 
 
+def test_the_baselines_distance_is_that_of_the_whole_run() -> None:
+    bench = Bench.build(SETTINGS, load(tiny_target(dtype=torch.bfloat16), draft="none"))
+    records = {
+        key: replace(record, noise=0.4, distance=0.6 if key[1] == "c" else 0.2)
+        for key, record in measured(bench).items()
+    }
+    swapped = [*records["sample", "a", "ar"].ids]
+    ids = bench.encode("sample", TASKS["sample"][0])
+    answer = bench.methods[1].answer(ids, Request(max_new_tokens=12, record_logits=True))
+    assert answer.logits is not None
+    margins = answer.logits.topk(2, dim=-1)
+    place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
+    swapped[place] = int(margins.indices[place, 1])
+    for distance, verdict in ((1.0, "tie"), (1.3, "bug")):  # farther than twice 0.2, but not than twice prompt c's
+        other = replace(records["sample", "a", "ngram"], ids=swapped, distance=distance)
+        assert judge_all(bench, TASKS, {**records, other.key: other})[other.key].verdict == verdict
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("max_new_tokens", -1), ("temperature", -0.5), ("repeats", 0), ("workers", 0), ("limit", 0), ("limit", -3)],

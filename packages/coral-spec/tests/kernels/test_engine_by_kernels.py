@@ -43,6 +43,29 @@ def test_text_is_the_same(architecture, temperature, tmp_path, request):
         assert model.generate(PROMPT, **limits).token_ids == expected, draft
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU all tests run on kernels")
+@pytest.mark.slow
+def test_a_deep_trees_levels_stand_behind_more_nodes_than_a_forward_has(tmp_path, on_kernels):
+    target = clear_target("llama")
+    limits = {"max_new_tokens": 3, "ignore_eos": True}
+    expected = load(target, draft="none").generate(PROMPT, **limits).token_ids
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(9, 8, 12), head="full")
+    session = model.session(40)
+    assert session.draft.rows == 13 and session.draft.slack == 65 > kernels.MAX_ROWS
+    assert model.generate(PROMPT, **limits).token_ids == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_deep_tree_is_captured(tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    expected = load(target, draft="none").generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(8, 10, 60), head="full")
+    assert model.generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids == expected
+    graphs = model.session(100).graphs
+    assert graphs is not None and graphs._rounds
+
+
 @pytest.fixture
 def failures(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What kernels were given up for, forgotten after the test."""

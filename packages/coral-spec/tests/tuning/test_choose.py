@@ -79,6 +79,15 @@ def test_a_change_that_costs_is_made_when_as_much_was_lost():
     assert dear.lost == 0.0
 
 
+def test_a_shape_that_is_captured_already_costs_nothing_to_change_to():
+    costs = StepCosts(plain=10.0, verify={4: 11.0, 61: 18.0}, level={1: 1.0, 10: 1.5}, change=1e9)
+    for ready, wanted in (((), SMALL), ((LARGE,), LARGE)):
+        tuner = Tuner(costs, ACCEPTANCE)
+        for _ in range(10):
+            tuner.note(tuner.shape, [2] * 100, ready)
+        assert tuner.shape == wanted
+
+
 def test_a_drafter_that_is_never_right_is_left_out():
     tuner = Tuner(ROWS_COST, ACCEPTANCE)
     for _ in range(10):

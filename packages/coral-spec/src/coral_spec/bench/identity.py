@@ -1,14 +1,15 @@
 """Are a method's greedy ids those of plain decoding? Every first mismatch is classified after the timed runs.
 
-The rule is that of `coral_spec.check.noise`. Its noise is the largest over the baseline's positions of the run; here
-prompts are added until a gap is covered, which is the same answer with less work, since only "is any prompt's noise
-at least this gap" matters.
+The rule is that of `coral_spec.check.noise`. Its noise and the baseline's distance from fp32 are the largest over the
+baseline's positions of the run; here prompts are added until both cover a mismatch, which is the same answer with less
+work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -59,14 +60,19 @@ class Identity:
         assert mismatch is not None
         self._measure_noise(prompt)
         dtype = self.bench.model.target.dtype
-        for other in self.prompts:
-            if is_tie(mismatch.gap, self.noise, dtype) or not is_tie(mismatch.gap, float("inf"), dtype):
-                break
-            self._measure_noise(other)
         distance = record.distance
         if distance is None:
             distance = logit_distance(*self._logits(ids, self._answer(record.method, ids)))
-        return judge(mismatch, dtype, noise=self.noise, distance=distance, baseline_distance=self.baseline_distance)
+
+        verdict = partial(judge, mismatch, dtype, distance=distance)
+        found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
+        hopeless = not is_tie(mismatch.gap, float("inf"), dtype)
+        for other in self.prompts:
+            if found.verdict != "bug" or hopeless:
+                break
+            self._measure_noise(other)
+            found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
+        return found
 
     def _measure_noise(self, prompt: Prompt) -> None:
         if prompt.id in self.measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from coral_spec.tree import TreeShape
@@ -90,7 +90,8 @@ class Tuner:
         shape: the tree to draft with; None is plain decoding, which is kept, since nothing tells when it ceases to pay.
         hardness: of the text so far, see :mod:`coral_spec.tuning.acceptance`.
         lost: milliseconds that a better shape would have saved since the last change. An engine that captures its
-            rounds pays for every new shape, so it is taken when as much has been lost as the change costs.
+            rounds pays for every new shape, so it is taken when as much has been lost as the change costs; one that is
+            captured already is taken at once.
     """
 
     def __init__(self, costs: StepCosts, acceptance: Acceptance, *, own: bool = True) -> None:
@@ -98,8 +99,16 @@ class Tuner:
         self.hardness, self.lost = TYPICAL, 0.0
         self.shape = choose(costs, acceptance, plain=own).shape
 
-    def note(self, shape: TreeShape | None, accept_lengths: Sequence[int]) -> None:
-        """Learn from the rounds of one answer, which were drafted with ``shape``; may change :attr:`shape`."""
+    def note(
+        self, shape: TreeShape | None, accept_lengths: Sequence[int], ready: Collection[TreeShape | None] = ()
+    ) -> None:
+        """Learn from the rounds of one answer, which were drafted with ``shape``; may change :attr:`shape`.
+
+        Args:
+            shape: None is plain decoding, which teaches nothing.
+            accept_lengths: drafted tokens that each round accepted.
+            ready: shapes that cost nothing to change to.
+        """
         if shape is None or self.shape is None or not accept_lengths:
             return
         rounds = len(accept_lengths)
@@ -113,5 +122,5 @@ class Tuner:
             self.lost = 0.0
             return
         self.lost += rounds * now.milliseconds * (1 - now.tokens_per_second / best.tokens_per_second)
-        if self.lost >= self.costs.change:
+        if best.shape in ready or self.lost >= self.costs.change:
             self.shape, self.lost = best.shape, 0.0
