@@ -69,9 +69,12 @@ def summarise(answers: list[Statistics]) -> dict[str, Any]:
     }
 
 
-def predict(name: str, tuner: Tuner, hardness: float = TYPICAL) -> dict[str, Any]:
-    """What the step costs and the profile say of a tree; "plain" is none."""
-    choice = expect(None if name == "plain" else TreeShape.parse(name), tuner.costs, tuner.acceptance, hardness)
+def predict(name: str, tuner: Tuner, hardness: float = TYPICAL) -> dict[str, Any] | None:
+    """What the step costs and the profile say of a tree, if they know it; "plain" is none."""
+    shape = None if name == "plain" else TreeShape.parse(name)
+    if shape is not None and shape not in tuner.acceptance.survival:
+        return None
+    choice = expect(shape, tuner.costs, tuner.acceptance, hardness)
     return {
         "tokens_per_second": choice.tokens_per_second,
         "milliseconds_per_round": choice.milliseconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -73,6 +74,11 @@ def test_the_profile_of_the_nearest_head_is_taken(tmp_path):
     shape = TreeShape(1, 1, 1)
     assert Acceptance.load(path, 4000).tau(shape) == 1.4
     assert Acceptance.load(path, 128_000).tau(shape) == 1.6
+    other = TreeShape(1, 2, 2)  # known for one of them only
+    profiles = json.loads(path.read_text())["profiles"]
+    profiles[1]["survival"][str(other)] = [0.3]
+    path.write_text(json.dumps({"profiles": profiles}))
+    assert {Acceptance.load(path, rows).tau(other) for rows in (4000, 128_000)} == {1.3}
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,18 @@ class Acceptance:
 
     @classmethod
     def load(cls, path: Path, rows: int) -> Acceptance:
-        """The profile in ``path`` for the number of head rows nearest to ``rows``.
+        """The profiles in ``path``, of each shape the one with the number of head rows nearest to ``rows``.
 
         Raises:
             UsageError: the file is damaged.
         """
         try:
             profiles = json.loads(path.read_text(encoding="utf-8"))["profiles"]
-            nearest = min(profiles, key=lambda each: abs(math.log(each["rows"] / rows)))
-            survival = {TreeShape.parse(shape): tuple(map(float, s)) for shape, s in nearest["survival"].items()}
+            survival: dict[TreeShape, tuple[float, ...]] = {}
+            for profile in sorted(profiles, key=lambda each: -abs(math.log(each["rows"] / rows))):
+                survival |= {TreeShape.parse(shape): tuple(map(float, s)) for shape, s in profile["survival"].items()}
+            if not survival:
+                raise ValueError("no shapes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{path} holds no acceptance profile: {error!r}") from error
         return cls(survival)
