@@ -186,6 +186,7 @@ class Answer:
                     break
                 session.launch(sampling, seeds, request.record_logits)
                 ahead += 1
+            self._model.learn()
             outcome = session.collect()
             ahead -= 1
             tokens = outcome.tokens[0]

@@ -117,6 +117,7 @@ class Model:
         self._tree = tree if self.draft_name != "none" else None
         self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, choice)
         self._idle: dict[TreeShape | None, Session] = {}
+        self._noted: list[tuple[TreeShape | None, list[int]]] = []
 
     @property
     def tree(self) -> TreeShape | None:
@@ -161,9 +162,17 @@ class Model:
         return Tuner(costs, acceptance_profile(folder, head.rows), own=(folder / ACCEPTANCE).is_file())
 
     def note(self, session: Session, accept_lengths: list[int]) -> None:
-        """Learn from the rounds of an answer, so that the next one may have a better tree."""
+        """Remember the rounds of an answer for :meth:`learn`."""
         if self.tuner is not None:
-            self.tuner.note(session.draft.shape, accept_lengths, self._idle.keys())
+            self._noted.append((session.draft.shape, accept_lengths))
+
+    def learn(self) -> None:
+        """Learn from the answers so far, so that the next one may have a better tree.
+
+        It takes a good part of a millisecond, which costs nothing while the device is busy with a round.
+        """
+        if self.tuner is not None and self._noted:
+            self.tuner.note(*self._noted.pop(0), self._idle.keys())
 
     def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
         """The same target, weights shared, with another draft."""

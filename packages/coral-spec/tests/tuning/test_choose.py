@@ -131,6 +131,16 @@ def test_text_stays_that_of_plain_decoding_while_trees_change(home, tmp_path):
     assert None in trees and len(trees) > 1  # a random drafter is given up
 
 
+def test_an_answer_is_learnt_from_during_the_next_one(home, tmp_path):
+    target = clear_target("llama")
+    model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")))
+    found = [model.tuner.hardness]
+    for _ in range(2):
+        model.generate(PROMPT, max_new_tokens=30, ignore_eos=True)
+        found.append(model.tuner.hardness)
+    assert found[1] == found[0] < found[2]  # a random drafter accepts less than any profile says
+
+
 def test_a_tree_that_was_asked_for_stays(tmp_path):
     target = clear_target("llama")
     model = load(target, draft=str(save_drafter(target, tmp_path)), tree=SMALL)

@@ -49,7 +49,7 @@ class Acceptance:
     def hardness(self, shape: TreeShape, tau: float) -> float:
         """The hardness at which ``shape`` gives ``tau`` tokens per round, within :data:`HARDNESS`."""
         low, high = (math.log(bound) for bound in HARDNESS)
-        for _ in range(40):
+        for _ in range(20):  # to a hundred-thousandth
             middle = (low + high) / 2
             low, high = (middle, high) if self.tau(shape, math.exp(middle)) > tau else (low, middle)
         return math.exp((low + high) / 2)

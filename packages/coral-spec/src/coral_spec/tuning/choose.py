@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -74,8 +73,8 @@ def average(
     spread: Sequence[float] = SPREAD,
 ) -> Choice:
     """What a shape should give over as many tokens of every hardness in ``spread`` times ``hardness``."""
-    taus = [acceptance.tau(shape, hardness * share) for share in spread]
-    return Choice(shape, statistics.harmonic_mean(taus), costs.round(shape))
+    rounds = sum(1 / acceptance.tau(shape, hardness * share) for share in spread)  # a token
+    return Choice(shape, len(spread) / rounds, costs.round(shape))
 
 
 class Tuner:
