@@ -5,8 +5,9 @@
 Heads of known models with random weights, a quarter and an eighth of the rows active, several nodes of a tree level.
 Microseconds, median, calls captured one after another in a CUDA graph; heads rotate so that no cache holds them. `full`
 is cuBLAS's product with all rows, then this package's top-k; `torch` is `topk` and `logsumexp` instead; the bandwidth
-is that of a device copy in the same run, bytes read and written. Writes a roofline beside the JSON. `--quick` runs
-small sizes; on a CPU in Triton's interpreter, which measures nothing but shows that the script works.
+is that of a device copy in the same run, bytes read and written. Writes a roofline beside the JSON. `--tiles` tries the
+tiles of the product instead, compiled by several processes first. `--quick` runs small sizes; on a CPU in Triton's
+interpreter, which measures nothing but shows that the script works.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ if not torch.cuda.is_available():
 
 from graph_timing import microseconds
 
-from coral_spec.kernels.grouped import grouped_top
+from coral_spec.kernels.grouped import Tiles, grouped_top
 from coral_spec.kernels.top import top_log_probs
 from expkit.checkpoint import atomic_path, write_json
 from expkit.rundir import evidence
@@ -43,6 +48,7 @@ HEADS = {
 GROUPS, COUNT = 32, 10
 SHARES = (4, 8)
 NODES = (1, 10, 16)
+CANDIDATES = [Tiles(*each) for each in itertools.product((32, 64, 128, 256), (64, 128, 256), (4, 8), (3, 4, 6))]
 
 
 def copy_bandwidth() -> float:
@@ -59,32 +65,77 @@ def plain_top(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best.values.float() - logits.float().logsumexp(-1, keepdim=True), best.indices
 
 
+class Problem:
+    """Some copies of a head, so that no cache holds them, and which groups of them are read."""
+
+    def __init__(self, vocab: int, width: int, share: int, nodes: int) -> None:
+        dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+        rows, copies = -(-vocab // GROUPS), max(2, min(6, int(3e8 // (vocab * width * 2)) + 1))
+        slabs = [torch.randn(GROUPS, rows, width, device=DEVICE).mul_(0.02).to(dtype) for _ in range(copies)]
+        ids = torch.arange(GROUPS * rows, device=DEVICE).view(GROUPS, rows)
+        self.features, self.slabs = torch.randn(nodes, width, device=DEVICE).to(dtype), slabs
+        self.ids = torch.where(ids < vocab, ids, -1)
+        self.choices = [torch.randperm(GROUPS, device=DEVICE)[: GROUPS // share].sort().values for _ in range(8)]
+        self.bytes = (GROUPS // share) * rows * width * slabs[0].element_size()
+
+    def launch(self, number: int, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
+        """One call, each number with another head and other groups."""
+        slabs, active = self.slabs[number % len(self.slabs)], self.choices[number]
+        return grouped_top(self.features, slabs, active, COUNT, ids=self.ids, tiles=tiles, cast=DEVICE.type == "cpu")
+
+    def microseconds(self, tiles: Tiles | None = None) -> float:
+        """Of a call."""
+        return microseconds([lambda n=number: self.launch(n, tiles) for number in range(len(self.choices))])
+
+
+def compile_part(part: int, parts: int) -> None:
+    """Launch every ``parts``-th candidate once at every width, so that Triton's cache holds it."""
+    problems = [Problem(GROUPS * 64, width, 8, NODES[1]) for width in {width for _, width in HEADS.values()}]
+    for problem, tiles in itertools.product(problems, CANDIDATES[part::parts]):
+        with suppress(Exception):  # too large for the GPU's shared memory: not a candidate there
+            problem.launch(0, tiles)
+
+
+@torch.inference_mode()
+def try_tiles(processes: int) -> list[dict[str, Any]]:
+    """Microseconds of every candidate, by head and share."""
+    command = [sys.executable, __file__, "--processes", str(processes), "--part"]
+    for each in [subprocess.Popen([*command, str(part)]) for part in range(processes)]:
+        each.wait()
+    found: list[dict[str, Any]] = []
+    out = Table("head", "active rows", "now", "best", "of the bandwidth", "tiles")
+    bandwidth = copy_bandwidth()
+    for (name, (vocab, width)), share in itertools.product(HEADS.items(), SHARES):
+        problem = Problem(vocab, width, share, NODES[1])
+        row: dict[str, Any] = {"head": name, "share": share, "now": problem.microseconds(), "bytes": problem.bytes}
+        row["tiles"] = []
+        for tiles in CANDIDATES:
+            with suppress(Exception):
+                row["tiles"].append({**asdict(tiles), "microseconds": problem.microseconds(tiles)})
+        row["tiles"].sort(key=lambda each: each["microseconds"])
+        found.append(row)
+        for place, best in enumerate(row["tiles"][:3]):
+            start = [name, f"1/{share}", f"{row['now']:.1f}"] if place == 0 else ["", "", ""]
+            rate = problem.bytes / best["microseconds"] * 1e6 / bandwidth
+            what = f"{best['rows']} x {best['depth']}, {best['warps']} warps, {best['stages']} stages"
+            out.add_row(*start, f"{best['microseconds']:.1f}", f"{rate:.0%}", what)
+    Console(width=120).print(out)
+    return found
+
+
 @torch.inference_mode()
 def measure(vocab: int, width: int, share: int, nodes: int) -> dict[str, Any]:
     """One head, one share of active rows."""
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    rows = -(-vocab // GROUPS)
-    copies = max(2, min(6, int(3e8 // (vocab * width * 2)) + 1))
-    slabs = [torch.randn(GROUPS, rows, width, device=DEVICE).mul_(0.02).to(dtype) for _ in range(copies)]
-    ids = torch.arange(GROUPS * rows, device=DEVICE).view(GROUPS, rows)
-    ids = torch.where(ids < vocab, ids, -1)
-    features = torch.randn(nodes, width, device=DEVICE).to(dtype)
-    choices = [torch.randperm(GROUPS, device=DEVICE)[: GROUPS // share].sort().values for _ in range(8)]
-    cast = DEVICE.type == "cpu"
-    routed = microseconds(
-        [
-            lambda s=slabs[number % copies], a=active: grouped_top(features, s, a, COUNT, ids=ids, cast=cast)
-            for number, active in enumerate(choices)
-        ]
-    )
+    problem = Problem(vocab, width, share, nodes)
+    features, slabs, routed = problem.features, problem.slabs, problem.microseconds()
     heads = [each.view(-1, width)[:vocab] for each in slabs]
 
     def whole(number: int) -> Tensor:
-        return functional.linear(features, heads[number % copies])
+        return functional.linear(features, heads[number % len(heads)])
 
     full = microseconds([lambda n=number: top_log_probs(whole(n), COUNT) for number in range(6)])
     stock = microseconds([lambda n=number: plain_top(whole(n)) for number in range(6)])
-    read = (GROUPS // share) * rows * width * slabs[0].element_size()
+    read = problem.bytes
     return {"routed": routed, "full": full, "torch": stock, "bytes": read, "bytes_per_second": read / routed * 1e6}
 
 
@@ -120,8 +171,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.part is not None:
+        return compile_part(options.part, options.processes)
+    if options.tiles:
+        found = try_tiles(options.processes)
+        if options.json is not None:
+            write_json(options.json, {"measured": found, **evidence(0)})
+        return None
     heads = {"SmolLM2-135M": (1000, 64)} if options.quick else HEADS
     bandwidth = copy_bandwidth()
     out = Table("head", "active rows", "nodes", "routed µs", "of the bandwidth", "full µs", "torch µs", "over full")
