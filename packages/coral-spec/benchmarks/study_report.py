@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import re
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,20 @@ def speeds(results: Path, family: str) -> list[dict[str, Any]]:
 
 
 def trainings(results: Path) -> dict[str, dict[str, Any]]:
-    """What every training came to: the lines that chose the defaults."""
+    """What every training came to, from which settings: the lines that chose the defaults."""
     found = {}
     for path in sorted((results / "training").rglob("result.json")):
         result = json.loads(path.read_text())
-        keys = ("tau_sim", "rates", "held_out_mass", "held_out_recall", "held_out_agreed", "rows", "steps", "tokens")
-        found[str(path.parent.relative_to(results / "training"))] = {
-            key: result[key] for key in (*keys, "minutes") if key in result
-        }
+        keys = ("held_out_mass", "held_out_recall", "held_out_agreed", "rows", "steps", "tokens", "minutes", "seed")
+        line = {key: result[key] for key in (*keys, "versions", "hardware") if key in result}
+        scored = [each for each in read_metrics(path.with_name("metrics.jsonl")) if "tau_sim" in each]
+        if scored:
+            last = scored[-1]
+            line["tau_sim"], line["rates"] = last["tau_sim"], [last[key] for key in sorted(last) if "rate_" in key]
+            line["curve"] = [[each["tokens"], each["tau_sim"]] for each in scored]
+        settings = tomllib.loads(path.with_name("config.toml").read_text())
+        line |= {key: settings[key] for key in ("csra", "router") if key in settings}
+        found[str(path.parent.relative_to(results / "training"))] = line
     return found
 
 
@@ -161,7 +168,7 @@ def main() -> None:
         for line in report[family]["heads"]:
             print(family, json.dumps(line))
     for name, line in report["trainings"].items():
-        print(name, json.dumps(line))
+        print(name, json.dumps({key: line[key] for key in ("tau_sim", "csra", "router") if key in line}))
     write_json(options.json, {**report, "bootstrap_samples": SAMPLES, **evidence(SEED)})
     if options.curve is not None:
         save_curve(options.results, options.curve)
