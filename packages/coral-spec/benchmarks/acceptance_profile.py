@@ -6,7 +6,8 @@
 The target answers this package's own sample prompts greedily, and every shape is replayed on those answers, for all
 head rows and for the most frequent ones that are the default on this device. On a GPU it is the shapes of 60 nodes,
 which are decoded with, as that is faster there than a replay. Shapes that the file has already are not measured again.
-Any prompts: `--prompts FILE --every N`; any drafter: `--model MODEL --draft FOLDER --out FOLDER/acceptance.json`.
+Any prompts: `--tasks mt_bench gsm8k humaneval --skip 40 --limit 20`; any drafter: `--model MODEL --draft FOLDER --out
+FOLDER/acceptance.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 import coral_spec
-from coral_spec.bench.tasks import load_task, read_prompts
+from coral_spec.bench.tasks import as_instruction, load_task
 from coral_spec.model import Model, bundled_drafter
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import replay, survival
@@ -74,8 +75,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--draft", default="auto")
     parser.add_argument("--max-new-tokens", type=int, default=160)
-    parser.add_argument("--prompts", type=Path, help="in place of the sample prompts")
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th prompt")
+    parser.add_argument("--tasks", nargs="+", default=["sample"])
+    parser.add_argument("--skip", type=int, default=0, help="first prompts of every task that are left out")
+    parser.add_argument("--limit", type=int, help="prompts of every task")
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--heads", nargs="+", default=["full", "frequency"], help="these, or numbers of rows")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     proof = evidence(0)
@@ -84,13 +89,17 @@ def main() -> None:
     )
     plain = coral_spec.load(options.model, draft="none")
     draft = str(bundled_drafter(plain.target)) if options.draft == "auto" else options.draft
-    prompts = read_prompts(options.prompts) if options.prompts else load_task("sample")
-    ids = [plain.encode(prompt.text) for prompt in prompts[:: options.every]]
+    end = None if options.limit is None else options.skip + options.limit
+    ids = [
+        plain.encode(as_instruction(task, prompt.text))
+        for task in options.tasks
+        for prompt in load_task(task, limit=end, data_dir=options.data_dir)[options.skip :]
+    ]
     cuda = plain.target.device.type == "cuda"
     texts = [] if cuda else answers(plain, ids, options.max_new_tokens)
-    shapes = [name for name in SHAPES if not cuda or TreeShape.parse(name).budget == 60]
+    shapes = options.shapes or [name for name in SHAPES if not cuda or TreeShape.parse(name).budget == 60]
     profiles = []
-    for head in ("full", "frequency"):
+    for head in options.heads:
         model = plain.with_draft(draft, tree=TreeShape(1, 1, 1), head=head)
         old = next((each for each in held["profiles"] if each["rows"] == model.head_rows), {"survival": {}})
         missing = [name for name in shapes if name not in old["survival"]]
