@@ -13,8 +13,8 @@ committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
 The plan, from the speeds of the first release's trainings on one H200 (3 steps: 114,000 tokens/s alone; 1 step:
 158,000):
 
-1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes in all
-   on an H100.
+1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes in
+   all on an H100.
 2. `smollm2-sweep`: CSRA's anchor, weight and temperature, 18 short trainings, three at a time; 23 minutes.
 3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, side by side, 6,000 steps: about
    18 minutes; then acceptance on three sets at temperature 0, four processes: 3 minutes.
