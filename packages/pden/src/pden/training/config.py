@@ -23,6 +23,8 @@ class DataConfig:
         target_every: rounds between two such measurements; 0 measures the end alone. The last round always counts.
         validation: a domain of the source's own kind to select on; empty holds a share of the source out.
         validation_share: that share.
+        disguised: how many held-out images each round is also measured on in disguise, a figure that settings may be
+            chosen by without a target (pden.evaluation.disguise); 0 leaves it out. It decides nothing in a run.
         size: side of the images after bilinear resizing; 0 leaves images as they are.
         channels: 3 copies grey images; 1 refuses colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
@@ -33,12 +35,14 @@ class DataConfig:
     target_every: int = 1
     validation: str = ""
     validation_share: float = 0.1
+    disguised: int = 1000
     size: int = 32
     channels: int = 3
     augment: Literal["none", "crop-flip"] = "none"
 
     def __post_init__(self) -> None:
         _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
+        _require(self.disguised >= 0, f"data.disguised is {self.disguised}; it must be 0 or more")
         _require(self.size == 0 or self.size >= 8, f"data.size is {self.size}; use 0 or at least 8")
         _require(self.channels in (1, 3), f"data.channels is {self.channels}; use 1 or 3")
 

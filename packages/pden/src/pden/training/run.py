@@ -17,6 +17,7 @@ from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
+from pden.evaluation.disguise import disguises
 from pden.evaluation.targets import absent_note, load_targets, with_classes
 from pden.saving import save_model
 from pden.training.config import TrainConfig
@@ -98,6 +99,8 @@ class _Job:
     def __init__(self, trainer: Trainer, run: RunDir | None, targets: Sequence[Domain], quiet: bool) -> None:
         self.trainer, self.run, self.targets, self.quiet = trainer, run, targets, quiet
         self.history: list[dict[str, Any]] = []
+        count = trainer.config.data.disguised if run is not None else 0
+        self.disguised = disguises(trainer.validation, count) if count else []
 
     def say(self, text: str, always: bool = False) -> None:
         if self.run is not None and (always or not self.quiet):
@@ -155,7 +158,7 @@ class _Job:
             return
         trainer, every = self.trainer, self.trainer.config.data.target_every
         due = trainer.done or (every > 0 and number % every == 0)
-        self.history.append(measure_round(trainer, number, self.targets if due else ()))
+        self.history.append(measure_round(trainer, number, self.targets if due else (), self.disguised))
         last = self.history[-1]["last"]
         average = f", targets {100 * last['average']:.1f} %" if "average" in last else ""
         self.say(f"round {number}: validation {100 * last['validation']:.1f} %{average}")

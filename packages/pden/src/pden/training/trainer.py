@@ -29,6 +29,7 @@ from pden.data.augment import crop_flip
 from pden.evaluation.accuracy import evaluate
 from pden.generators import Generator, default_width
 from pden.models import TaskModel, build_model
+from pden.precision import tf32
 from pden.training.averaging import new_average
 from pden.training.clock import Best, Clock
 from pden.training.config import OptimizerConfig, TrainConfig
@@ -122,6 +123,7 @@ class Trainer:
         judge = 0 if self.gatekeeper is None else config.gate.judge_steps
         return whole + judge + refused * config.learning_steps - dropped * config.round_steps
 
+    @tf32(True)  # what is measured in between turns it off for itself
     def step(self) -> Event:
         """One step; what it brought to an end."""
         config, clock = self.config, self.clock
