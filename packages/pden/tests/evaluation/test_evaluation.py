@@ -74,10 +74,10 @@ def test_classes_are_matched_by_name():
 def test_targets_are_not_the_source_and_have_names_of_their_own():
     classes = tuple("0123456789")
     with pytest.raises(UsageError, match='target "mine" is the source'):
-        load_targets(["mine=digits"], "digits", classes, HOME, 32, 3)
+        load_targets(["mine=digits"], ["digits"], classes, HOME, 32, 3)
     with pytest.raises(UsageError, match='two targets are called "a"'):
-        load_targets(["a=digits-test", "a=digits-thick"], "digits", classes, HOME, 32, 3)
-    (found,) = load_targets(["digits-test"], "digits", classes, HOME, 16, 3)
+        load_targets(["a=digits-test", "a=digits-thick"], ["digits"], classes, HOME, 32, 3)
+    (found,) = load_targets(["digits-test"], ["digits"], classes, HOME, 16, 3)
     assert found.images.shape == (597, 3, 16, 16)
 
 

@@ -52,7 +52,8 @@ def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Dom
         held = with_classes(held, source.classes)
     else:
         source, held = source.split(data.validation_share, config.seed)
-    targets = load_targets(data.targets, data.source, source.classes, home, data.size, data.channels)
+    seen = [data.source, data.validation] if data.validation else [data.source]
+    targets = load_targets(data.targets, seen, source.classes, home, data.size, data.channels)
     return source, held, targets
 
 
@@ -72,6 +73,8 @@ def train(
     record = evidence(config.seed)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if dtype == torch.float16 and config.dtype == "auto":
+        dtype = torch.float32  # a GPU without bfloat16
     if dtype == torch.float16:
         raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
     source, validation, targets = load_data(config, home)
@@ -121,13 +124,16 @@ class _Job:
                     bar.update(task, completed=trainer.clock.total, total=trainer.planned_steps)
                 for report in trainer.reports[before:]:
                     self._tell(report)
+                due = event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every
+                if due or event == "pretrained":
+                    trainer.require_finite()  # neither measured nor kept, so that a resume has something to go on from
                 if event in ("pretrained", "round"):
                     self._measure(0 if event == "pretrained" else number)
                     if shown:
                         bar.update(task, description=f"{config.name}: round {trainer.clock.round}/{config.rounds}")
                 if self.run is not None and trainer.clock.total % config.log_every == 0:
                     self._log()
-                if event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every:
+                if due:
                     saved = trainer.clock.total
                     self._save()
         if not self.history or (self.history[-1]["round"] != trainer.clock.round and config.rounds):
