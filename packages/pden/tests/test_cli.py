@@ -160,10 +160,17 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["gallery", "nowhere"], "no trained model"),
         (["compare", "nowhere"], "no finished run"),
         (["train", "--nonsense"], "--nonsense"),
+        (["train", "--preset", "tiny", "--data-dir", "nowhere"], "nowhere"),
+        (["train", "--preset", "tiny", "--json", "."], "is a directory"),
+        (["train", "--preset", "tiny", "--runs", "file"], "is a file"),
+        (["demo", "--out", "file"], "is a file"),
+        (["compare", "odd.json"], "holds no figures of a run"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "odd.json").write_text('{"selections": {"last": {"targets": {}, "average": 0}}}')
     assert run(*arguments) == 2
     message = capsys.readouterr().err.strip()
     assert said in message and "Traceback" not in message

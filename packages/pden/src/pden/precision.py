@@ -1,4 +1,4 @@
-"""What multiplies in which precision on a GPU: training in TF32 (or bf16), everything that is measured in whole fp32."""
+"""What multiplies in which precision on a GPU: training in TF32 (or bf16), what is measured in whole fp32."""
 
 from __future__ import annotations
 

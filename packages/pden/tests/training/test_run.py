@@ -78,3 +78,17 @@ def test_every_round_has_its_disguised_figure_and_every_selection_too(tmp_path):
     assert all(0 <= each["last"]["disguised"] <= 1 for each in result["history"])
     assert {"last", "averaged", "source-validation"} == set(result["selections"])
     assert all("disguised" in each for each in result["selections"].values())
+
+
+def test_a_checkpoint_of_another_version_or_model_is_refused_in_one_line(tmp_path):
+    train(embedded(rounds=1), tmp_path)
+    store = CheckpointStore(tmp_path / "tiny" / "checkpoints")
+    last = store.latest()
+    for tensors, state in (
+        (last.tensors, {key: value for key, value in last.state.items() if key != "pool"}),
+        ({**last.tensors, "classifier.weight": torch.zeros(3, 4)}, last.state),
+    ):
+        store.save(last.step, tensors, state)
+        with pytest.raises(UsageError, match=r"is of another model or version \(") as error:
+            train(embedded(rounds=1), tmp_path, resume=True)
+        assert "\n" not in str(error.value)

@@ -25,7 +25,8 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no finished run ({file} does not exist)")
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        has = any("targets" in each for each in found["selections"].values())
+        has = any("targets" in each and AVERAGE in each for each in found["selections"].values())
+        str(found["name"]), int(found["seed"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{file} holds no figures of a run") from None
     if not has:

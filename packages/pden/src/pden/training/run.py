@@ -85,8 +85,13 @@ def train(
     job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
     checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
     if checkpoint is not None:
-        restore(trainer, checkpoint)
-        job.history = checkpoint.state["history"]
+        try:
+            restore(trainer, checkpoint)
+            job.history = checkpoint.state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            what = f"{type(error).__name__}: {reason}"
+            raise UsageError(f"{checkpoint.path} is of another model or version ({what}); start a new run") from None
     try:
         job.work()
     finally:
