@@ -178,6 +178,14 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkey
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 
+def test_set_takes_keys_that_have_a_flag_too_and_the_flag_wins(tmp_path, capsys):
+    keys = ["--set", "rounds=0", "--set", "name=other", "--set", 'data.targets=["digits-thick"]', "--set", "seed=7"]
+    assert run(*TINY, "--runs", tmp_path, *keys, "--name", "mine") == 0
+    result = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert list(result["selections"]["last"]["targets"]) == ["digits-thick"]
+    assert result["seed"] == 7 and result["domains"] == 0
+
+
 def test_a_run_is_not_overwritten(trained, capsys):
     assert run(*TINY, "--runs", trained.parent) == 2
     assert "exists already" in capsys.readouterr().err

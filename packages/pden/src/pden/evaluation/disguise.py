@@ -45,7 +45,7 @@ def textured(images: Tensor, rng: torch.Generator) -> Tensor:
     """Images in [0, 1], ``(batch, channels, height, width)``, each after a random convolution of its own and stretched
     to [0, 1], so that it stays legible."""
     made = torch.empty_like(images)
-    count, channels = images.shape[:2]
+    channels = images.shape[1]
     for place, size in enumerate(_SIZES):
         part = images[place :: len(_SIZES)]
         if not len(part):
