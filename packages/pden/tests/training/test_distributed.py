@@ -14,7 +14,7 @@ from expkit.checkpoint import load_tensors
 
 
 # Each process trains with BatchNorm, a refused domain and an average, and says what it came to.
-SCRIPT = '''
+SCRIPT = """
 import hashlib, json, sys
 sys.path.insert(0, {tests!r})
 import torch
@@ -35,7 +35,7 @@ found = gather(mine)
 if world.is_main:
     print(json.dumps(found))
 leave()
-'''
+"""
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:

@@ -95,13 +95,14 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses.
+    """Weights of the losses; the defaults are the paper's.
 
     Attributes:
         safety, diversity, cycle, adversarial: of the generator's losses; 0 leaves one out.
         diversity_limit: beyond which two draws need not differ more.
+        cycle: in short rounds the paper's 20 keeps domains near the source, and less teaches more (RESULTS.md).
         contrast: of the task model across views: none, instance, supervised, barlow. Small runs do not
-            tell them apart (RESULTS.md), so this default is no finding.
+            tell them apart (RESULTS.md).
         contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
         temperature: of both contrasts.
         off_diagonal: of Barlow Twins.
@@ -112,7 +113,7 @@ class LossConfig:
     diversity: float = 2.0
     diversity_limit: float = 0.5
     cycle: float = 20.0
-    adversarial: float = 1.0
+    adversarial: float = 0.1
     contrast: Literal["none", "instance", "supervised", "barlow"] = "instance"
     contrast_weight: float = 1.0
     temperature: float = 0.07
@@ -142,11 +143,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; use 0 to 1")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
 class GateConfig:
     """The safety gate (ours): each finished domain is measured on held-out source images.
+
+    Its limits were set while the embedded digits' targets were looked at, to refuse what destroys labels and no more.
 
     Attributes:
         mode: "on" refuses domains, "record" only measures them, "off" does neither.
@@ -176,6 +181,7 @@ class GateConfig:
     def __post_init__(self) -> None:
         _require(self.images >= 1 and self.judge_steps >= 1, "gate.images and gate.judge_steps must be positive")
         _require(self.retries >= 0, f"gate.retries is {self.retries}; it must be 0 or more")
+        _require(self.judge_lr > 0, f"gate.judge_lr is {self.judge_lr}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -188,6 +194,7 @@ class AveragingConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.decay < 1, f"averaging.decay is {self.decay}; it must be between 0 and 1")
+        _require(self.from_round >= 1, f"averaging.from_round is {self.from_round}; rounds count from 1")
 
 
 @dataclass(frozen=True)
@@ -201,6 +208,9 @@ class StopConfig:
 
     patience: int = 0
     novelty: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 0, f"stop.patience is {self.patience}; it must be 0 (never) or more")
 
 
 @dataclass(frozen=True)
