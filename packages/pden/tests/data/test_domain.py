@@ -265,3 +265,12 @@ def test_large_images_are_resized_a_few_at_a_time(monkeypatch):
         torch.nn.functional, "interpolate", lambda part, *a, **k: seen.append(len(part)) or real(part, *a, **k)
     )
     assert torch.equal(fit_images(images, 8, 3, "x"), whole) and seen == [2, 2, 2]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 59, 60, 100])
+def test_a_part_of_a_sorted_domain_has_all_its_classes(count):
+    domain = tiny_domain(60)
+    domain = domain.take(domain.labels.sort(stable=True).indices)
+    part = domain.spread(count)
+    assert len(part) == min(count, 60)
+    assert part.present == (domain.present if count >= 3 else [0])

@@ -12,7 +12,6 @@ import pytest
 
 from expkit.checkpoint import load_tensors
 
-
 # Each process trains with BatchNorm, a refused domain and an average, and says what it came to.
 SCRIPT = """
 import hashlib, json, sys

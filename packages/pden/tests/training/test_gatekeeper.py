@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from pden.training.gatekeeper import invert_some
-from tiny_domains import finish, tiny_trainer
+from pden.training.trainer import Trainer
+from tiny_domains import finish, tiny_config, tiny_domain, tiny_trainer
 
 
 def test_a_step_of_the_judge_costs_one_batch_half_of_it_in_disguise():
@@ -36,3 +37,10 @@ def test_half_of_the_images_become_negatives():
     made = invert_some(images, torch.Generator().manual_seed(1))
     turned = (made == 1 - images).flatten(1).all(dim=1)
     assert 150 < int(turned.sum()) < 250 and torch.equal(made[~turned], images[~turned])
+
+
+def test_the_gate_measures_all_classes_of_a_sorted_domain():
+    held = tiny_domain(60, seed=1)
+    held = held.take(held.labels.sort(stable=True).indices)  # as a folder of class folders is read
+    trainer = Trainer(tiny_config(), tiny_domain(), held)
+    assert len(trainer.gatekeeper.labels) == 12 and trainer.gatekeeper.labels.unique().tolist() == [0, 1, 2]

@@ -59,6 +59,12 @@ class Domain:
         """Some of the images."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
+    def spread(self, count: int) -> Domain:
+        """So many of the images (all, if there are no more), evenly over the domain, which may be sorted by class."""
+        if count >= len(self):
+            return self
+        return self.take(torch.arange(count, device=self.images.device) * len(self) // count)
+
     def to(self, device: torch.device) -> Domain:
         """The same on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

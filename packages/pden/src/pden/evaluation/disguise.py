@@ -24,9 +24,9 @@ _SEED = 20_210_316  # the same for every run, so that runs can be compared
 
 
 def disguises(domain: Domain, limit: int = 1000) -> list[Domain]:
-    """The first `limit` images of a domain in each disguise, the same ones in every run; for segmentation in
-    "texture" alone, since operations would move the labels."""
-    part = domain.take(slice(limit))
+    """Up to `limit` images of a domain in each disguise, the same ones in every run; for segmentation in "texture"
+    alone, since operations would move the labels."""
+    part = domain.spread(limit)
     images = part.images.cpu().float() / 255  # on the CPU, so that all devices see the same
     rng = torch.Generator().manual_seed(_SEED)
     made = {"texture": textured(images, rng)}

@@ -26,7 +26,7 @@ class Gatekeeper:
     Args:
         gate: its settings; the mode is not "off".
         judge: a new model like the task model, of another seed.
-        validation: held-out source images; the first `gate.images` are measured.
+        validation: held-out source images; `gate.images` of them are measured.
         seed: of the run.
 
     Attributes:
@@ -37,8 +37,8 @@ class Gatekeeper:
         self.gate, self.seed = gate, seed
         self.judge = judge
         self.learner = Learner(judge, OptimizerConfig(lr=gate.judge_lr), world)
-        index = torch.arange(min(gate.images, len(validation)), device=validation.images.device)
-        self.images, self.labels = validation.batch(index)
+        measured = validation.spread(gate.images)
+        self.images, self.labels = measured.batch(torch.arange(len(measured), device=measured.images.device))
         self.reports: list[DomainReport] = []
         self._disguise = RandConv()
         self._accepted: list[Measures] = []
