@@ -138,7 +138,9 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "result.json").write_text("[]")
     with pytest.raises(UsageError, match="no figures of a run"):
         table.read_result(tmp_path)
-    (tmp_path / "result.json").write_text(json.dumps({"selections": {"last": {"validation": 1.0}}}))
+    (tmp_path / "result.json").write_text(
+        json.dumps({"name": "x", "seed": 0, "selections": {"last": {"validation": 1.0}}})
+    )
     with pytest.raises(UsageError, match="measured on no target"):
         table.read_result(tmp_path)
     with pytest.raises(UsageError, match='no figures for selection "averaged"'):
