@@ -152,3 +152,19 @@ def test_charts_are_pictures(tmp_path):
     save_bars(rows(), tmp_path / "bars.png", title="t")
     for name in ("curve.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_shows_the_disguised_source_where_it_was_measured(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: drawn.append(figure.axes[0].lines) or save(figure, *a, **k)
+    )
+    plain = history()
+    save_curve(plain, tmp_path / "plain.png", title="t")
+    shown = [{**each, "last": {**each["last"], "disguised": 0.25}} for each in plain]
+    save_curve(shown, tmp_path / "shown.png", title="t")
+    without, line = ([one for one in lines if one.get_label() == "source, in disguise"] for lines in drawn)
+    assert without == [] and list(line[0].get_ydata()) == [25.0] * len(plain)
