@@ -168,3 +168,9 @@ def test_the_curve_shows_the_disguised_source_where_it_was_measured(tmp_path, mo
     save_curve(shown, tmp_path / "shown.png", title="t")
     without, line = ([one for one in lines if one.get_label() == "source, in disguise"] for lines in drawn)
     assert without == [] and list(line[0].get_ydata()) == [25.0] * len(plain)
+
+
+def test_one_seed_shows_no_spread():
+    one = {"a": {"usps": (0.5, 0.0), "average": (0.5, 0.0)}, "b": {"usps": (0.4, 0.01), "average": (0.4, 0.01)}}
+    assert "| a | 50.00 | 50.00 |" in table.markdown(one) and "| b | 40.00 ± 1.00 |" in table.markdown(one)
+    assert r"a & \textbf{50.00} & \textbf{50.00} \\" in table.latex(one) and r"40.00 $\pm$ 1.00" in table.latex(one)
