@@ -1,87 +1,82 @@
-"""Run the study on one GPU: seeds and variants as parallel processes, in parts that fit a lease of about 25 minutes.
+"""The study on one GPU, in leases of about 24 minutes on machines that are bare at their start.
 
-    python packages/pden/benchmarks/study.py baselines --data-dir DATA --work WORK --out OUT
-    python packages/pden/benchmarks/study.py report --work WORK --out packages/pden/results
+    python packages/pden/benchmarks/study.py plan --out OUT
+    python packages/pden/benchmarks/study.py next --data-dir DATA --work WORK --out OUT --minutes 9
+    python packages/pden/benchmarks/study.py report --out OUT --to packages/pden/results
 
-Parts: `baselines` (ERM, RandConv, ME-ADA, AugMix on digits, 5 seeds each), `paper` and `ours` (PDEN on digits, 5 seeds
-each), `ablation` (each loss left out, and each kind of generator, K = 10, 2 seeds), `cifar` (CIFAR-10 to recomputed
-CIFAR-10-C, level 5), `speed` (one run alone: minutes and memory). A run that has finished is not run again; one that
-was cut off goes on from its checkpoint. `report` reads all finished runs below WORK and writes one JSON file and
-one table for each part.
+`plan` prints what is left, cut into leases, with estimates. `next` does the first of these leases, several trainings
+side by side; where one command may not run for long, repeat it on the same machine: trainings go on from their
+checkpoints in WORK, which is large and stays there. OUT is small (figures and pictures, a few MiB in all), and all
+that a later lease needs: what has its figures there is not run again.
 
-Where one command may not run for long, give `--minutes 9` and repeat it: runs go on from their checkpoints in WORK.
+Parts, in order: `speed` (milliseconds a step of the digits methods, alone and side by side, which later plans use),
+`alone` (one full run by itself: minutes and memory), `choice` (settings of PDEN on seeds of their own, no target
+loaded), `paper` and `ours` (PDEN on digits, 5 seeds each), `baselines` (ERM, RandConv, ME-ADA, AugMix, 5 seeds each),
+`ablation` (each loss left out, each kind of generator, K = 10, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to
+recomputed CIFAR-10-C, level 5, with the paper's losses). `run PART` does one of them.
 
-Durations foreseen for an H200, from kernel counts, before any was measured: a digits step of PDEN is 6 ms while the
-generator learns and 3 ms after, so 65,000 steps alone take 5 minutes, and five at once 10 to 12; ERM 1.5 minutes,
-RandConv 2, ME-ADA 2, AugMix 10 (five at once 15); an ablation of 35,500 steps 3 minutes alone, and all 22 of them,
-seven at once, 22 minutes; CIFAR-10 10 to 15 minutes each, three at once.
+`ours` is what `choice` comes to by a rule that reads held-out source images in disguise alone (`study_jobs.choose`).
+It is written to OUT/chosen.json when the last training of `choice` is done, and `ours` does not start before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from expkit.checkpoint import write_json, write_text
 from expkit.rundir import evidence
 from pden.evaluation import table
 from pden.evaluation.chart import save_bars
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from study_jobs import PARTS, Job, choose, jobs_of, leases, speeds
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training: a config, flags over it, and a seed."""
-
-    part: str
-    label: str
-    config: str
-    seed: int
-    flags: tuple[str, ...] = field(default=())
-
-    @property
-    def name(self) -> str:
-        return f"{self.label}-seed{self.seed}"
+def result_of(job: Job, out: Path) -> Path:
+    """Where the figures of a training lie once it is done."""
+    return out / job.part / job.name / "result.json"
 
 
-ABLATIONS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "no-safety": ("--set", "loss.safety=0.0"),
-    "no-diversity": ("--set", "loss.diversity=0.0"),
-    "no-cycle": ("--set", "loss.cycle=0.0"),
-    "no-adversarial": ("--set", "loss.adversarial=0.0"),
-    "adversarial-1": ("--set", "loss.adversarial=1.0"),
-    "no-contrast": ("--set", "loss.contrast=none"),
-    "supervised": ("--set", "loss.contrast=supervised"),
-    "barlow": ("--set", "loss.contrast=barlow", "--set", "loss.contrast_weight=0.02"),
-    "geometric": ("--set", 'generator.kinds=["geometric"]'),
-    "composite": ("--set", 'generator.kinds=["composite"]'),
-}
+def waiting(out: Path) -> dict[str, list[Job]]:
+    """What has no figures yet, by part."""
+    found = {}
+    for part in PARTS:
+        if part == "speed" and (out / "speed.json").is_file():
+            continue
+        found[part] = [job for job in jobs_of(part, chosen(out)) if not result_of(job, out).is_file()]
+    return {part: jobs for part, jobs in found.items() if jobs}
 
 
-def jobs_of(part: str) -> list[Job]:
-    """All trainings of a part, the longest first."""
-    if part == "baselines":
-        methods = ("augmix", "randconv", "me-ada", "erm")
-        return [Job(part, each, "digits-baseline", seed, ("--method", each)) for each in methods for seed in range(5)]
-    if part in ("paper", "ours"):
-        return [Job(part, f"pden-{part}", f"digits-{part}", seed) for seed in range(5)]
-    if part == "ablation":
-        return [
-            Job(part, label, "digits-paper", seed, ("--rounds", "10", *flags))
-            for label, flags in ABLATIONS.items()
-            for seed in range(2)
-        ]
-    if part == "cifar":
-        return [Job(part, each, "cifar10", 0, ("--method", each)) for each in ("augmix", "pden", "erm")]
-    return [Job(part, "pden-alone", "digits-paper", 0)]
+def chosen(out: Path) -> list[str]:
+    """The settings of `ours`; none before they are chosen."""
+    file = out / "chosen.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))["settings"]) if file.is_file() else []
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Print the leases that are left."""
+    speed = speeds(arguments.out)
+    measured = "measured" if (arguments.out / "speed.json").is_file() else "foreseen, none measured yet"
+    print(f"speeds: {measured}; {arguments.side} side by side; leases of {arguments.lease:g} minutes of work")
+    todo = leases(waiting(arguments.out), speed, arguments.side, arguments.lease)
+    for number, lease in enumerate(todo, start=1):
+        print(f"lease {number}: {sum(each for _, each in lease):.0f} minutes")
+        for jobs, estimate in lease:
+            print(f"  {estimate:5.1f}  {jobs[0].part}: {', '.join(job.name for job in jobs)}")
+    total = sum(each for lease in todo for _, each in lease)
+    print(f"{len(todo)} leases, {total:.0f} minutes" if todo else "nothing is left; see `report`")
+    return 0
 
 
 def command(job: Job, arguments: argparse.Namespace) -> list[str]:
@@ -94,78 +89,151 @@ def command(job: Job, arguments: argparse.Namespace) -> list[str]:
     return [str(each) for each in words] + (["--resume"] if (runs / job.name / "config.toml").is_file() else [])
 
 
-def run_part(arguments: argparse.Namespace) -> int:
-    """The part's trainings, so many at a time, until they are done or time is over; the number that failed."""
-    folder = arguments.work / arguments.part
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs_of(arguments.part) if not (folder / job.name / "result.json").is_file()]
+def train(jobs: Sequence[Job], arguments: argparse.Namespace, side: int, deadline: float) -> int:
+    """Trainings, `side` at a time, until they are done or time is over; the number that are not done."""
+    open_jobs = [job for job in jobs if not result_of(job, arguments.out).is_file()]
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []
-    deadline, failed = time.monotonic() + 60 * arguments.minutes, 0
+    undone = 0
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    while (waiting or running) and time.monotonic() < deadline:
-        while waiting and len(running) < arguments.jobs:
-            job = waiting.pop(0)
-            log = (folder / f"{job.name}.log").open("ab")
-            process = subprocess.Popen(command(job, arguments), stdout=log, stderr=log, env=environment)
-            running.append((job, process))
-        for job, process in [each for each in running if each[1].poll() is not None]:
-            running.remove((job, process))
-            failed += process.returncode != 0
-            print(f"{job.name}: exit code {process.returncode}", flush=True)
-            if process.returncode:
-                print((folder / f"{job.name}.log").read_text()[-1500:], flush=True)
-        time.sleep(1)
-    for job, process in running:
-        process.terminate()
-        process.wait()
-        print(f"{job.name}: stopped, time is over; run the part again", flush=True)
-    if arguments.out is not None:
-        collect(folder, arguments.out / arguments.part)
-    return failed
+    try:
+        while (open_jobs or running) and time.monotonic() < deadline:
+            while open_jobs and len(running) < side:
+                job = open_jobs.pop(0)
+                (arguments.work / job.part).mkdir(parents=True, exist_ok=True)
+                with (arguments.work / job.part / f"{job.name}.log").open("ab") as log:
+                    process = subprocess.Popen(command(job, arguments), stdout=log, stderr=log, env=environment)
+                running.append((job, process))
+            for job, process in [each for each in running if each[1].poll() is not None]:
+                running.remove((job, process))
+                undone += not collect(job, process.returncode, arguments)
+            time.sleep(0.2)
+    finally:
+        for job, process in running:
+            process.terminate()
+            process.wait()
+            print(f"{job.part}, {job.name}: stopped, time is over; repeat the command on this machine", flush=True)
+    return undone + len(open_jobs) + len(running)
 
 
-def collect(folder: Path, out: Path) -> None:
-    """Figures, curves, galleries and logs of all runs; weights stay, being large."""
+def collect(job: Job, code: int, arguments: argparse.Namespace) -> bool:
+    """Keep what is small of a training that has ended; whether it went well."""
+    run = arguments.work / job.part / job.name
+    if code:
+        log = (run.parent / f"{job.name}.log").read_text(encoding="utf-8")
+        print(f"{job.part}, {job.name}: exit code {code}\n{log[-1500:]}", flush=True)
+        return False
+    out = result_of(job, arguments.out).parent
     out.mkdir(parents=True, exist_ok=True)
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
-        for name in ("result.json", "config.toml", "curve.png", "gallery.png"):
-            if (run / name).is_file():
-                (out / run.name).mkdir(exist_ok=True)
-                shutil.copyfile(run / name, out / run.name / name)
-    for log in folder.glob("*.log"):
-        shutil.copyfile(log, out / log.name)
+    pictures = ("curve.png", "gallery.png") if job.seed in (0, 100) else ()  # of one seed: OUT is to be small
+    for name in (*pictures, "result.json"):  # the last one says that all are there
+        if (run / name).is_file():
+            shutil.copyfile(run / name, out / name)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    print(f"{job.part}, {job.name}: done", flush=True)
+    return True
 
 
-def report(arguments: argparse.Namespace) -> int:
-    """One JSON file, table and chart for each part that has finished runs."""
-    record = evidence()
-    for folder in sorted(path for path in arguments.work.iterdir() if path.is_dir()):
-        files = sorted(folder.glob("*/result.json"))
-        if not files:
-            continue
-        groups = table.group([table.read_result(file) for file in files])
-        selections: dict[str, object] = {}
-        for selection in ("last", "averaged", "source-validation", "oracle"):
-            having = {
-                label: runs
-                for label, runs in groups.items()
-                if all("targets" in each["selections"].get(selection, {}) for each in runs)
-            }
-            rows = table.summarise(having, selection) if having else {}
-            selections[selection] = {
-                label: {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()}
-                for label, row in rows.items()
-            }
-            if selection == "last":
-                print(f"{folder.name}, last checkpoint\n\n{table.markdown(rows)}")
-                save_bars(rows, arguments.out / f"{folder.name}.png", title=f"{folder.name}: last checkpoint")
-                write_text(arguments.out / f"{folder.name}.md", table.markdown(rows))
-        runs = [trimmed(each) for runs in groups.values() for each in runs]
-        write_json(arguments.out / f"{folder.name}.json", {**record, "selections": selections, "runs": runs})
+def do(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> int:
+    """Trainings of one part and what follows from them; the number that are not done."""
+    part = jobs[0].part
+    if part == "ours" and not (arguments.out / "chosen.json").is_file():
+        print("ours: nothing is chosen yet; finish the part choice", flush=True)
+        return len(jobs)
+    if part == "speed":
+        return measure_speed(jobs, arguments, deadline)
+    undone = train(jobs, arguments, 1 if part == "alone" else arguments.side, deadline)
+    if part == "choice" and not any(not result_of(job, arguments.out).is_file() for job in jobs_of(part)):
+        results = [json.loads(result_of(job, arguments.out).read_text(encoding="utf-8")) for job in jobs_of(part)]
+        found = choose(results)
+        write_json(arguments.out / "chosen.json", {**evidence(), **found})
+        print(f"chosen: {found['chosen']} ({100 * found['means'][found['chosen']]:.2f} % in disguise)", flush=True)
+    return undone
+
+
+def measure_speed(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> int:
+    """Short trainings of every kind, alone and then side by side, into OUT/speed.json."""
+    from dataclasses import replace
+
+    record, kinds = evidence(), {}
+    for job in jobs:
+        one = replace(job, label=f"{job.label}-alone")
+        many = [replace(job, label=f"{job.label}-shared", seed=seed) for seed in range(arguments.side)]
+        if train([one], arguments, 1, deadline) or train(many, arguments, arguments.side, deadline):
+            return 1
+        times = [_milliseconds(each, arguments.out) for each in (one, *many)]
+        shared = sum(times[1:]) / len(times[1:]) / arguments.side
+        kinds[job.kind] = {"alone": times[0], "shared": shared}
+        print(f"{job.kind}: {times[0]:.2f} ms a step alone, {shared:.2f} ms of the GPU", flush=True)
+    write_json(arguments.out / "speed.json", {**record, "side": arguments.side, "kinds": kinds})
     return 0
 
 
-def trimmed(result: dict[str, object]) -> dict[str, object]:
+def _milliseconds(job: Job, out: Path) -> float:
+    found: float = json.loads(result_of(job, out).read_text(encoding="utf-8"))["steps_per_second"]
+    return 1000 / found
+
+
+def proceed(arguments: argparse.Namespace) -> int:
+    """`next`: the first lease of the plan; `run`: one part. The exit code is 1 while something is left of it."""
+    deadline = time.monotonic() + 60 * arguments.minutes
+    todo = waiting(arguments.out)
+    if arguments.action == "run":
+        batches = [todo.get(arguments.part, [])]
+    else:
+        plan(arguments)
+        cut = leases(todo, speeds(arguments.out), arguments.side, arguments.lease)
+        batches = [jobs for jobs, _ in cut[0]] if cut else []
+    undone = 0
+    for jobs in batches:
+        if jobs and jobs[0].part == "ours":  # the choice may have been made a moment ago
+            names = {job.name for job in jobs}
+            jobs = [job for job in jobs_of("ours", chosen(arguments.out)) if job.name in names]
+        undone += do(jobs, arguments, deadline) if jobs else 0
+    print(f"{undone} trainings are left of this lease" if undone else "done", flush=True)
+    return int(undone > 0)
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """One JSON file for each part that has figures; where it has targets, a table and a chart too."""
+    record = evidence()
+    for part in PARTS:
+        files = sorted((arguments.out / part).glob("*/result.json"))
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        if not runs or part == "speed":
+            continue
+        found: dict[str, Any] = {**record, "runs": [trimmed(each) for each in runs]}
+        if all("targets" in each["selections"]["last"] for each in runs):
+            found["selections"] = summaries(part, runs, arguments.to)
+        write_json(arguments.to / f"{part}.json", found)
+    for name in ("speed.json", "chosen.json"):
+        if (arguments.out / name).is_file():
+            shutil.copyfile(arguments.out / name, arguments.to / name)
+    return 0
+
+
+def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, Any]:
+    """Means and spreads of a part by selection; the last weights' also as table and chart."""
+    selections: dict[str, Any] = {}
+    groups = table.group(runs)
+    for selection in ("last", "averaged", "source-validation", "oracle"):
+        having = {
+            label: each
+            for label, each in groups.items()
+            if all("targets" in one["selections"].get(selection, {}) for one in each)
+        }
+        rows = table.summarise(having, selection) if having else {}
+        selections[selection] = {
+            label: {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()}
+            for label, row in rows.items()
+        }
+        if selection == "last":
+            print(f"{part}, last checkpoint\n\n{table.markdown(rows)}")
+            save_bars(rows, to / f"{part}.png", title=f"{part}: last checkpoint")
+            write_text(to / f"{part}.md", table.markdown(rows))
+    return selections
+
+
+def trimmed(result: dict[str, Any]) -> dict[str, Any]:
     """What a figure needs beside it, and the curve over rounds."""
     keys = ("name", "method", "command", "seed", "versions", "hardware", "git", "started", "domains", "selections")
     more = ("history", "reports", "notes", "steps", "seconds", "gate_share", "peak_memory_bytes", "config")
@@ -174,21 +242,25 @@ def trimmed(result: dict[str, object]) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["baselines", "paper", "ours", "ablation", "cifar", "speed", "report"])
-    parser.add_argument("--work", type=Path, required=True, help="folder of runs")
-    parser.add_argument("--out", type=Path, help="folder for what is worth keeping")
-    parser.add_argument("--data-dir", type=Path, help="where the data sets are")
-    parser.add_argument("--jobs", type=int, default=5, help="trainings at once")
-    parser.add_argument("--minutes", type=float, default=24.0, help="stop what runs after this time")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="over every config, for a trial")
+    actions = parser.add_subparsers(dest="action", required=True)
+    for action in ("plan", "next", "run", "report"):
+        one = actions.add_parser(action)
+        one.add_argument("--out", type=Path, required=True, help="small folder that later leases need")
+        if action == "report":
+            one.add_argument("--to", type=Path, required=True, help="folder for JSON, tables and charts")
+            continue
+        one.add_argument("--side", type=int, default=5, help="trainings side by side")
+        one.add_argument("--lease", type=float, default=19.0, help="minutes of work in a lease")
+        if action == "plan":
+            continue
+        if action == "run":
+            one.add_argument("part", choices=PARTS)
+        one.add_argument("--work", type=Path, required=True, help="large folder of runs, on the machine")
+        one.add_argument("--data-dir", type=Path, required=True, help="where the data sets are")
+        one.add_argument("--minutes", type=float, default=19.0, help="stop what runs after this time")
+        one.add_argument("--set", action="append", metavar="KEY=VALUE", help="over every config, for a trial")
     arguments = parser.parse_args()
-    if arguments.part == "report":
-        if arguments.out is None:
-            parser.error("report needs --out")
-        return report(arguments)
-    if arguments.data_dir is None:
-        parser.error(f"{arguments.part} needs --data-dir")
-    return run_part(arguments)
+    return {"plan": plan, "report": report}.get(arguments.action, proceed)(arguments)
 
 
 if __name__ == "__main__":

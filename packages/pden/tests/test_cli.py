@@ -147,6 +147,13 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["train", "--set", "loss.cicle=1"], 'did you mean "loss.cycle"'),
         (["train", "--set", "rounds"], "KEY=VALUE"),
         (["train", "--rounds", "-1"], "rounds is -1"),
+        (["train", "--set", "optimizer.weight_decay=-1.0"], "optimizer.weight_decay is -1.0"),
+        (["train", "--set", "optimizer.momentum=1.0"], "optimizer.momentum is 1.0"),
+        (["train", "--set", "optimizer.lr=nan"], "optimizer.lr is nan"),
+        (["train", "--set", "gate.judge_lr=0.0"], "gate.judge_lr is 0.0"),
+        (["train", "--set", "averaging.from_round=0"], "averaging.from_round is 0"),
+        (["train", "--set", "stop.patience=-1"], "stop.patience is -1"),
+        (["train", "--set", "data.disguised=-1"], "data.disguised is -1"),
         (["train", "--method", "magic"], "'magic' is not one of"),
         (["train", "--preset", "tiny", "--source", "mnist_m"], 'did you mean "mnist-m"'),
         (["train", "--preset", "tiny", "--target", "digits"], 'target "digits" is the source'),
@@ -160,15 +167,30 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["gallery", "nowhere"], "no trained model"),
         (["compare", "nowhere"], "no finished run"),
         (["train", "--nonsense"], "--nonsense"),
+        (["train", "--preset", "tiny", "--data-dir", "nowhere"], "nowhere"),
+        (["train", "--preset", "tiny", "--json", "."], "is a directory"),
+        (["train", "--preset", "tiny", "--runs", "file"], "is a file"),
+        (["demo", "--out", "file"], "is a file"),
+        (["compare", "odd.json"], "holds no figures of a run"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    (tmp_path / "odd.json").write_text('{"selections": {"last": {"targets": {}, "average": 0}}}')
     assert run(*arguments) == 2
     message = capsys.readouterr().err.strip()
     assert said in message and "Traceback" not in message
     assert message.count("\n") == 0
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_set_takes_keys_that_have_a_flag_too_and_the_flag_wins(tmp_path, capsys):
+    keys = ["--set", "rounds=0", "--set", "name=other", "--set", 'data.targets=["digits-thick"]', "--set", "seed=7"]
+    assert run(*TINY, "--runs", tmp_path, *keys, "--name", "mine") == 0
+    result = json.loads((tmp_path / "mine" / "result.json").read_text())
+    assert list(result["selections"]["last"]["targets"]) == ["digits-thick"]
+    assert result["seed"] == 7 and result["domains"] == 0
 
 
 def test_a_run_is_not_overwritten(trained, capsys):

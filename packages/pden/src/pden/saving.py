@@ -92,29 +92,50 @@ def load(run: str | Path, selection: str = "last", device: str | torch.device = 
         device: where both go; "auto" takes the GPU where there is one.
 
     Raises:
-        UsageError: no finished run, or no such selection.
+        UsageError: no finished run, no such selection, or files that are damaged or another model's.
     """
     folder = Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
     path = folder / "model.json"
     if not path.is_file():
         raise UsageError(f"{run} holds no trained model ({path} does not exist); train it, or --resume its training")
-    about = json.loads(path.read_text(encoding="utf-8"))
-    if selection not in about["selections"]:
-        raise UsageError(f'{run} has no selection "{selection}"; it has {", ".join(about["selections"])}')
     place = resolve_device(str(device))
-    model = build_model(**about["model"]).to(place)
-    model.load_state_dict(load_tensors(folder / f"{selection}.safetensors"))
-    generators = _load_generators(folder, about["generators"], place)
-    return Expanded(
-        model.eval(),
-        generators,
-        about["domains"],
-        tuple(about["classes"]),
-        about["size"],
-        about["channels"],
-        about["source"],
-        selection,
-    )
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if selection not in about["selections"]:
+            raise UsageError(f'{run} has no selection "{selection}"; it has {", ".join(about["selections"])}')
+        return Expanded(
+            _load_model(folder / f"{selection}.safetensors", about["model"], place),
+            _load_generators(folder, about["generators"], place),
+            about["domains"],
+            tuple(about["classes"]),
+            about["size"],
+            about["channels"],
+            about["source"],
+            selection,
+        )
+    except UsageError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
+
+
+def _load_model(file: Path, settings: dict[str, Any], device: torch.device) -> TaskModel:
+    model = build_model(**settings)
+    fill(model, load_tensors(file), str(file))
+    return model.to(device).eval()
+
+
+def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Give a module its weights.
+
+    Raises:
+        UsageError: they are another model's; one line says how.
+    """
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"{name} holds the weights of another model ({reason})") from None
 
 
 def _load_generators(folder: Path, settings: list[dict[str, Any]], device: torch.device) -> list[Generator]:
@@ -124,6 +145,6 @@ def _load_generators(folder: Path, settings: list[dict[str, Any]], device: torch
     for number, each in enumerate(settings):
         generator = build_generator(**each)
         own = {key.removeprefix(f"{number}."): value for key, value in tensors.items() if key.startswith(f"{number}.")}
-        generator.load_state_dict(own)
+        fill(generator, own, str(folder / "generators.safetensors"))
         generators.append(generator.to(device).eval().requires_grad_(False))
     return generators

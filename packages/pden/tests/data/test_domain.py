@@ -12,8 +12,8 @@ from PIL import Image
 from expkit.errors import UsageError
 from pden.data import Domain, Home, from_dataset, load_domain, parse_target
 from pden.data.augment import crop_flip
-from pden.data.domain import to_uint8
-from pden.data.folder import load_masks
+from pden.data.domain import fit_images, to_uint8
+from pden.data.folder import load_masks, read_image
 from tiny_domains import tiny_domain
 
 HOME = Home((), Path("nowhere"), download=False)
@@ -192,3 +192,85 @@ def test_crop_flip_moves_images_and_pixel_labels_alike():
     assert moved.shape == images.shape and not torch.equal(moved, images)
     steps = moved[:, 0, 8, 8] - moved[:, 0, 8, 7]  # one to the right, or mirrored one to the left
     assert set(steps.tolist()) == {1.0, -1.0}
+
+
+def refused(spec: str, said: str, folder: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        pden_load(spec, folder)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def pden_load(spec: str, folder: Path):
+    return load_domain(spec, Home((folder,), folder, download=False))
+
+
+@pytest.mark.parametrize("name", ["digits.npz", "cut.npz", "one.npy"])
+def test_damaged_arrays_are_refused_whether_named_or_found(name, tmp_path):
+    whole = tmp_path / "whole.npz"
+    np.savez(whole, usps_test_x=np.zeros((40, 16, 16), dtype=np.uint8), usps_test_y=np.zeros(40, dtype=np.int64))
+    if name == "one.npy":
+        np.save(tmp_path / name, np.zeros(3))
+    else:
+        (tmp_path / name).write_bytes(whole.read_bytes()[: 60 if name == "cut.npz" else -200])
+    refused(f"{tmp_path / name}#usps_test_x,usps_test_y", name, tmp_path)
+    if name == "digits.npz":
+        refused("usps", "digits.npz cannot be read as .npz", tmp_path)
+
+
+def test_a_label_that_is_an_accident_is_refused_before_it_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 16, 16), dtype=np.uint8), y=np.array([0, 10**12]))
+    refused(f"{tmp_path / 'a.npz'}#x,y", "label 1000000000000 is out of range", tmp_path)
+
+
+def png(path: Path, array: np.ndarray) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "chunk", "empty", "text"])
+def test_damaged_images_are_refused_by_name(damage, tmp_path):
+    file = tmp_path / "d" / "a" / "0.png"
+    whole = png(file, np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    broken = {
+        "cut": whole[:200],
+        "header": whole[:8] + b"\xff" * 4 + whole[12:],
+        "chunk": whole[:60] + b"\x00" * 40 + whole[100:],
+        "empty": b"",
+        "text": b"no picture",
+    }
+    file.write_bytes(broken[damage])
+    refused(str(tmp_path / "d"), "0.png is not a readable image", tmp_path)
+
+
+def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    png(tmp_path / "d" / "a" / "0.png", np.zeros((40, 40), dtype=np.uint8))
+    refused(str(tmp_path / "d"), "is not a readable image", tmp_path)
+
+
+def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    png(tmp_path / "0.png", ramp)
+    assert read_image(tmp_path / "0.png", channels=1).flatten().tolist() == list(range(256))
+
+
+def test_large_images_are_resized_a_few_at_a_time(monkeypatch):
+    images = torch.randint(0, 256, (6, 3, 20, 20), dtype=torch.uint8)
+    whole = fit_images(images, 8, 3, "x")
+    monkeypatch.setattr("pden.data.domain._FLOATS", 2500)  # two images
+    seen = []
+    real = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda part, *a, **k: seen.append(len(part)) or real(part, *a, **k)
+    )
+    assert torch.equal(fit_images(images, 8, 3, "x"), whole) and seen == [2, 2, 2]
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 59, 60, 100])
+def test_a_part_of_a_sorted_domain_has_all_its_classes(count):
+    domain = tiny_domain(60)
+    domain = domain.take(domain.labels.sort(stable=True).indices)
+    part = domain.spread(count)
+    assert len(part) == min(count, 60)
+    assert part.present == (domain.present if count >= 3 else [0])

@@ -160,3 +160,18 @@ def test_gzip_idx_is_not_mistaken_for_data(tmp_path):
     (tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"half"))
     with pytest.raises(UsageError):
         load_domain("mnist", home(tmp_path))
+
+
+def test_damaged_published_files_are_refused_by_name(tmp_path):
+    (tmp_path / "synth_test_32x32.mat").write_bytes(b"MATLAB 5.0 no longer")
+    with pytest.raises(UsageError, match=r"synth_test_32x32.mat cannot be read"):
+        load_domain("syn", home(tmp_path))
+    (tmp_path / "CIFAR-10-C").mkdir()
+    (tmp_path / "CIFAR-10-C" / "fog.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UsageError, match=r"fog.npy cannot be read"):
+        load_domain("cifar10-c/fog/1", home(tmp_path))
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for name in ("t10k-images-idx3", "t10k-labels-idx1", "train-images-idx3", "train-labels-idx1"):
+        (tmp_path / "MNIST" / "raw" / f"{name}-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00")
+    with pytest.raises(UsageError, match=r"mnist-test in .* cannot be read"):
+        load_domain("mnist-test", home(tmp_path))

@@ -74,10 +74,10 @@ def test_classes_are_matched_by_name():
 def test_targets_are_not_the_source_and_have_names_of_their_own():
     classes = tuple("0123456789")
     with pytest.raises(UsageError, match='target "mine" is the source'):
-        load_targets(["mine=digits"], "digits", classes, HOME, 32, 3)
+        load_targets(["mine=digits"], ["digits"], classes, HOME, 32, 3)
     with pytest.raises(UsageError, match='two targets are called "a"'):
-        load_targets(["a=digits-test", "a=digits-thick"], "digits", classes, HOME, 32, 3)
-    (found,) = load_targets(["digits-test"], "digits", classes, HOME, 16, 3)
+        load_targets(["a=digits-test", "a=digits-thick"], ["digits"], classes, HOME, 32, 3)
+    (found,) = load_targets(["digits-test"], ["digits"], classes, HOME, 16, 3)
     assert found.images.shape == (597, 3, 16, 16)
 
 
@@ -138,7 +138,9 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "result.json").write_text("[]")
     with pytest.raises(UsageError, match="no figures of a run"):
         table.read_result(tmp_path)
-    (tmp_path / "result.json").write_text(json.dumps({"selections": {"last": {"validation": 1.0}}}))
+    (tmp_path / "result.json").write_text(
+        json.dumps({"name": "x", "seed": 0, "selections": {"last": {"validation": 1.0}}})
+    )
     with pytest.raises(UsageError, match="measured on no target"):
         table.read_result(tmp_path)
     with pytest.raises(UsageError, match='no figures for selection "averaged"'):
@@ -150,3 +152,25 @@ def test_charts_are_pictures(tmp_path):
     save_bars(rows(), tmp_path / "bars.png", title="t")
     for name in ("curve.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_curve_shows_the_disguised_source_where_it_was_measured(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: drawn.append(figure.axes[0].lines) or save(figure, *a, **k)
+    )
+    plain = history()
+    save_curve(plain, tmp_path / "plain.png", title="t")
+    shown = [{**each, "last": {**each["last"], "disguised": 0.25}} for each in plain]
+    save_curve(shown, tmp_path / "shown.png", title="t")
+    without, line = ([one for one in lines if one.get_label() == "source, in disguise"] for lines in drawn)
+    assert without == [] and list(line[0].get_ydata()) == [25.0] * len(plain)
+
+
+def test_one_seed_shows_no_spread():
+    one = {"a": {"usps": (0.5, 0.0), "average": (0.5, 0.0)}, "b": {"usps": (0.4, 0.01), "average": (0.4, 0.01)}}
+    assert "| a | 50.00 | 50.00 |" in table.markdown(one) and "| b | 40.00 ± 1.00 |" in table.markdown(one)
+    assert r"a & \textbf{50.00} & \textbf{50.00} \\" in table.latex(one) and r"40.00 $\pm$ 1.00" in table.latex(one)

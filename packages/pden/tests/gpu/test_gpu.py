@@ -8,6 +8,9 @@ import torch
 from expkit.checkpoint import CheckpointStore
 from pden.baselines import BASELINES
 from pden.data.corruptions import CORRUPTIONS, corrupt
+from pden.evaluation.accuracy import confusion
+from pden.evaluation.disguise import disguises
+from pden.models import build_model
 from pden.training.state import capture, restore
 from pden.training.trainer import Trainer
 from tiny_domains import finish, tiny_config, tiny_domain, weights
@@ -57,3 +60,15 @@ def test_corruptions_run_on_the_device(name):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=CUDA)
     made = corrupt(images, name, 3, torch.Generator(CUDA).manual_seed(0))
     assert made.device.type == "cuda" and made.shape == images.shape
+
+
+@pytest.mark.gpu
+def test_the_disguised_source_is_the_same_on_the_device_and_measured_in_fp32():
+    domain = tiny_domain(40)
+    for here, there in zip(disguises(domain), disguises(domain.to(CUDA)), strict=True):
+        assert there.images.device.type == "cuda" and torch.equal(here.images, there.images.cpu())
+    run = trainer(torch.bfloat16, gate__mode="off")
+    finish(run)
+    copy = build_model("digits", classes=3, size=16, width=0.1, embedding=8)
+    copy.load_state_dict({key: value.cpu() for key, value in run.task.state_dict().items()})
+    assert torch.equal(confusion(run.task, domain.to(CUDA)).cpu(), confusion(copy, domain))

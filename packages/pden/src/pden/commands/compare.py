@@ -13,8 +13,10 @@ from pden.commands import options
 def run(
     results: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or their JSON files.")],
     selection: Annotated[str, typer.Option(help="last, averaged, source-validation or oracle.")] = "last",
-    out: Annotated[list[Path] | None, typer.Option(help="Write the table: .md, .csv or .tex. May be repeated.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a bar chart (PNG).")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(dir_okay=False, help="Write the table: .md, .csv or .tex. May be repeated.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Write a bar chart (PNG).")] = None,
     json: options.Json = None,
 ) -> None:
     """A table of runs: those that differ in their seed alone become one row with mean and spread."""

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def run(
-    out: Annotated[Path, typer.Option(help="Folder for gallery.png and chart.png.")] = Path("pden-demo"),
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything; 3 is the median of five.")] = 3,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gallery.png and chart.png.")] = Path(
+        "pden-demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything.")] = 0,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of expansion; the preset's by default.")] = None,
     device: options.Device = "auto",
     json: options.Json = None,

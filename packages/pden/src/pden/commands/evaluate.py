@@ -33,7 +33,7 @@ def run(
     names = SELECTIONS if selection == "all" else (selection,)
     first = load(run, names[0], device)
     home = Home.of(data_dir)
-    domains = load_targets(target, first.source, first.classes, home, first.size, first.channels)
+    domains = load_targets(target, [first.source], first.classes, home, first.size, first.channels)
     notes = [note for domain in domains for note in (domain.note, absent_note(domain)) if note]
     for note in notes:
         console().print(f"note: {note}", highlight=False)

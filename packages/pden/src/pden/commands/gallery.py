@@ -12,7 +12,7 @@ from pden.commands import options
 
 def run(
     run: options.Run,
-    out: Annotated[Path, typer.Option(help="The picture (PNG).")] = Path("gallery.png"),
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The picture (PNG).")] = Path("gallery.png"),
     source: Annotated[str | None, typer.Option(help="Domain to show; the run's own source by default.")] = None,
     columns: Annotated[int, typer.Option(min=1, max=64, help="Images in a row.")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,

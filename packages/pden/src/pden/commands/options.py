@@ -13,11 +13,14 @@ from expkit.errors import UsageError
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 Selection = Annotated[str, typer.Option(help="Which weights: last, averaged or source-validation.")]
 DataDir = Annotated[
-    Path | None, typer.Option(help="Where data sets are looked for first; then EXPKIT_DATA, then the cache.")
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, help="Where data sets are looked for first; then EXPKIT_DATA, then the cache."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
-Runs = Annotated[Path, typer.Option(help="Folder of all runs.")]
+Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file too.")]
+Runs = Annotated[Path, typer.Option(file_okay=False, help="Folder of all runs.")]
 Target = Annotated[
     list[str] | None,
     typer.Option(help="Domain to measure on: a name, a folder, FILE.npz#x,y, or NAME=one of these. May be repeated."),

@@ -9,6 +9,8 @@ import typer
 
 from pden.commands import options
 
+_SOME = 256  # images in memory at a time
+
 
 def run(
     run: options.Run,
@@ -21,6 +23,7 @@ def run(
     import torch
 
     from expkit.checkpoint import write_json
+    from expkit.cli import progress
     from expkit.errors import UsageError
     from expkit.rundir import evidence
     from pden.data.folder import image_files, read_image
@@ -35,11 +38,18 @@ def run(
     trained = load(run, selection, device)
     if trained.model.dense:
         raise UsageError(f"{run} is a segmentation model; predict labels whole images")
-    tensors = torch.stack([read_image(path, trained.size, trained.channels) for path in files])
-    labels, probabilities = trained.predict(tensors)
     rows = []
-    for path, label, probability in zip(files, labels.tolist(), probabilities.tolist(), strict=True):
-        rows.append({"image": str(path), "label": trained.classes[label], "probability": probability})
-        typer.echo(f"{path}\t{trained.classes[label]}\t{probability:.3f}")
+    with progress() as bar:
+        task = bar.add_task("predicting", total=len(files), visible=len(files) > _SOME)
+        for start in range(0, len(files), _SOME):
+            part = files[start : start + _SOME]
+            tensors = torch.stack([read_image(path, trained.size, trained.channels) for path in part])
+            labels, probabilities = trained.predict(tensors)
+            for path, label, probability in zip(part, labels.tolist(), probabilities.tolist(), strict=True):
+                rows.append({"image": str(path), "label": trained.classes[label], "probability": probability})
+            if len(files) > _SOME:
+                bar.advance(task, len(part))
+    for row in rows:
+        typer.echo(f"{row['image']}\t{row['label']}\t{row['probability']:.3f}")
     if json is not None:
         write_json(json, {**record, "run": str(run), "selection": selection, "predictions": rows})

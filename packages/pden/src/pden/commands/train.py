@@ -56,6 +56,7 @@ def run(
         "device": device,
         "dtype": dtype,
     }
+    flags = {key: value for key, value in flags.items() if value is not None}  # one not given overrides no --set
     path = preset_path(preset) if preset is not None else config
     settings = load_config(TrainConfig, path, {**overrides, **flags})
     if name is None and settings.method != "pden" and settings.name == "pden":

@@ -92,10 +92,19 @@ def _published(corruption: str, level: int, home: Home) -> Domain:
             "or use cifar10-c-recomputed"
         )
     part = slice(10_000 * (level - 1), 10_000 * level)
-    images = np.load(folder / f"{corruption}.npy", mmap_mode="r", allow_pickle=False)[part]
-    labels = np.load(folder / "labels.npy", allow_pickle=False)[part].astype(np.int64)
+    images, labels = (_read_array(folder / name)[part] for name in (f"{corruption}.npy", "labels.npy"))
+    if images.ndim != 4 or images.shape[3] != 3 or len(images) != 10_000 or labels.shape != (10_000,):
+        raise UsageError(f"{folder / corruption}.npy or labels.npy is not a published file of CIFAR-10-C")
     tensor = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).contiguous()
-    return Domain(f"CIFAR-10-C {corruption}/{level}", tensor, torch.from_numpy(labels), CLASSES)
+    return Domain(f"CIFAR-10-C {corruption}/{level}", tensor, torch.from_numpy(labels.astype(np.int64)), CLASSES)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read as .npy: {error}") from None
+    return found
 
 
 def _cifar10(home: Home, train: bool) -> tuple[Tensor, Tensor]:

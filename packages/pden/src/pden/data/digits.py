@@ -16,7 +16,7 @@ import torchvision
 from torch import Tensor
 
 from expkit.errors import UsageError
-from pden.data.arrays import channels_first, load_arrays
+from pden.data.arrays import channels_first, load_arrays, open_arrays
 from pden.data.domain import Domain
 from pden.data.folder import read_image
 from pden.data.home import Home
@@ -45,7 +45,7 @@ def load_digits(name: str, home: Home) -> Domain:
     packed = home.find("digits.npz", "digits/digits.npz")
     key = NAMES[name]
     if packed is not None:
-        with np.load(packed, allow_pickle=False) as arrays:
+        with open_arrays(packed) as arrays:
             has = f"{key}_x" in arrays.files
         if has:
             return load_arrays(packed, f"{key}_x", f"{key}_y", name)
@@ -77,7 +77,10 @@ def _torchvision(name: str, home: Home) -> tuple[Tensor, Tensor]:
                 try:
                     found = make(str(root), download=False, **options)
                 except (RuntimeError, OSError):
-                    continue
+                    continue  # it is not here
+                except Exception as error:  # a damaged file: torchvision's readers assert and raise what comes
+                    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise UsageError(f"{name} in {root} cannot be read ({reason}); fetch its files again") from None
     if found is None:
         found = _fetch(make, options, name, home)
     images = found.data if isinstance(found.data, Tensor) else torch.from_numpy(np.ascontiguousarray(found.data))
@@ -126,7 +129,10 @@ def read_mat(path: Path) -> tuple[Tensor, Tensor]:
     """Images and labels of a MATLAB file of SVHN's format, in which the digit 0 has label 10."""
     from scipy.io import loadmat
 
-    found = loadmat(path)
+    try:
+        found = loadmat(path)
+    except Exception as error:  # scipy raises half a dozen types for a damaged file
+        raise UsageError(f"{path} cannot be read as a MATLAB file ({error})") from None
     if "X" not in found or "y" not in found:
         raise UsageError(f"{path} has no arrays X and y")
     labels = torch.from_numpy(found["y"].reshape(-1).astype(np.int64))

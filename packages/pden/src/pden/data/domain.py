@@ -13,6 +13,8 @@ from torch import Tensor
 from expkit.errors import UsageError
 from pden.losses.safety import IGNORED
 
+_FLOATS = 1 << 26  # so many pixels are floats at a time while images are resized: 256 MiB
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -56,6 +58,12 @@ class Domain:
     def take(self, index: Tensor | slice) -> Domain:
         """Some of the images."""
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def spread(self, count: int) -> Domain:
+        """So many of the images (all, if there are no more), evenly over the domain, which may be sorted by class."""
+        if count >= len(self):
+            return self
+        return self.take(torch.arange(count, device=self.images.device) * len(self) // count)
 
     def to(self, device: torch.device) -> Domain:
         """The same on a device."""
@@ -101,10 +109,13 @@ def fit_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
     if size and min(images.shape[-2:]) != size:
         factor = size / min(images.shape[-2:])
         shape = [round(side * factor) for side in images.shape[-2:]]
-        parts = [
-            F.interpolate(part.float(), shape, mode="bilinear", antialias=True) for part in torch.split(images, 4096)
-        ]
-        images = torch.cat([part.round().clamp(0, 255).to(torch.uint8) for part in parts])
+        some = max(1, _FLOATS // images[0].numel())
+        images = torch.cat(
+            [
+                F.interpolate(part.float(), shape, mode="bilinear", antialias=True).round().clamp(0, 255).byte()
+                for part in torch.split(images, some)
+            ]
+        )
     if images.shape[1] == channels:
         return images
     if images.shape[1] != 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -15,6 +18,8 @@ from expkit.errors import UsageError
 from pden.data.domain import Domain
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+# What Pillow raises on damaged files of one format or another, besides UnidentifiedImageError, which is an OSError.
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _SHOW = 2000  # images from which on reading shows its progress
 
 
@@ -35,15 +40,22 @@ def read_image(path: Path, size: int = 0, channels: int = 3) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            ready = image.convert("L" if channels == 1 else "RGB")
+            ready = _eight_bits(image).convert("L" if channels == 1 else "RGB")
             if size and ready.size != (size, size):
                 ready = ready.resize((size, size), Image.Resampling.BILINEAR)
             pixels: Tensor = pil_to_tensor(ready)
             return pixels
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} is not a readable image ({error})") from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey at 8 bits; Pillow would cut it off at 255 instead."""
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def load_folder(folder: Path, name: str, size: int = 0, channels: int = 3) -> Domain:
@@ -85,6 +97,9 @@ def load_masks(folder: Path, masks: Path, name: str, classes: tuple[str, ...], v
     Raises:
         UsageError: an image without a mask, or sizes that differ.
     """
+    for each in (folder, masks):
+        if not each.is_dir():
+            raise UsageError(f"{each} does not exist")
     images: list[Tensor] = []
     labels: list[Tensor] = []
     by_stem = {path.stem: path for path in image_files(masks)}
@@ -92,8 +107,11 @@ def load_masks(folder: Path, masks: Path, name: str, classes: tuple[str, ...], v
         if path.stem not in by_stem:
             raise UsageError(f"{path} has no mask in {masks}")
         image = read_image(path)
-        with Image.open(by_stem[path.stem]) as opened:
-            mask = pil_to_tensor(opened)[0].long()
+        try:
+            with Image.open(by_stem[path.stem]) as opened:
+                mask = pil_to_tensor(opened)[0].long()
+        except _DAMAGED as error:
+            raise UsageError(f"{by_stem[path.stem]} is not a readable mask ({error})") from None
         if mask.shape != image.shape[1:] or (images and image.shape != images[0].shape):
             raise UsageError(f"{path} is {tuple(image.shape[1:])}, its mask or the first image is not")
         images.append(image)

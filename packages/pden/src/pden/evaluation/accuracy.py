@@ -11,6 +11,7 @@ from torch import Tensor
 from pden.data.domain import Domain
 from pden.losses.safety import IGNORED
 from pden.models import TaskModel
+from pden.precision import tf32
 
 _CHUNK = 512
 
@@ -46,8 +47,10 @@ class Score:
 
 
 @torch.no_grad()
+@tf32(False)
 def confusion(model: TaskModel, domain: Domain, chunk: int = _CHUNK) -> Tensor:
-    """Counts ``(true, predicted)`` over images or pixels; the model is in eval mode meanwhile."""
+    """Counts ``(true, predicted)`` over images or pixels; the model is in eval mode and multiplies in fp32
+    meanwhile."""
     training, classes = model.training, len(domain.classes)
     device = next(model.parameters()).device
     model.eval()

@@ -21,6 +21,11 @@ def save_curve(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     axes = figure.subplots()
     rounds = [entry["round"] for entry in history]
     axes.plot(rounds, [100 * entry["last"]["validation"] for entry in history], color="black", label="source, held out")
+    disguised = [
+        (entry["round"], 100 * entry["last"]["disguised"]) for entry in history if "disguised" in entry["last"]
+    ]
+    if disguised:
+        axes.plot(*zip(*disguised, strict=True), color="black", linestyle=":", label="source, in disguise")
     measured = [entry for entry in history if "targets" in entry["last"]]
     names = list(measured[-1]["last"]["targets"]) if measured else []
     lines: list[tuple[str, Any]] = [(name, lambda found, name=name: found["targets"][name]) for name in names]

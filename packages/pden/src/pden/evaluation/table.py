@@ -25,7 +25,8 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no finished run ({file} does not exist)")
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        has = any("targets" in each for each in found["selections"].values())
+        has = any("targets" in each and AVERAGE in each for each in found["selections"].values())
+        str(found["name"]), int(found["seed"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{file} holds no figures of a run") from None
     if not has:
@@ -77,7 +78,8 @@ def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
     heads = columns(table)
     lines = [f"| method | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for label, row in table.items():
-        lines.append(f"| {label} | {' | '.join(_cell(row.get(head), '{:.2f} ± {:.2f}') for head in heads)} |")
+        form = "{:.2f}" + _spread(row, " ±")
+        lines.append(f"| {label} | {' | '.join(_cell(row.get(head), form) for head in heads)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -99,7 +101,8 @@ def latex(table: Mapping[str, Mapping[str, Cell]]) -> str:
         cells = []
         for head in heads:
             top = head in row and row[head][0] == best[head]
-            cells.append(_cell(row.get(head), r"\textbf{{{:.2f}}} $\pm$ {:.2f}" if top else r"{:.2f} $\pm$ {:.2f}"))
+            mean = r"\textbf{{{:.2f}}}" if top else "{:.2f}"
+            cells.append(_cell(row.get(head), mean + _spread(row, r" $\pm$")))
         lines.append(" & ".join([_escape(label), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -118,6 +121,11 @@ def render(table: Mapping[str, Mapping[str, Cell]], path: Path) -> str:
 
 def _cell(cell: Cell | None, form: str) -> str:
     return "-" if cell is None else form.format(100 * cell[0], 100 * cell[1])
+
+
+def _spread(row: Mapping[str, Cell], sign: str) -> str:
+    """Where the deviation stands in a cell; nowhere in a row of one seed, which has none."""
+    return sign + " {:.2f}" if any(std > 0 for _, std in row.values()) else ""
 
 
 def _escape(text: str) -> str:

@@ -14,18 +14,23 @@ from pden.data.cifar import expand_levels
 
 
 def load_targets(
-    specs: Sequence[str], source: str, classes: tuple[str, ...], home: Home, size: int, channels: int
+    specs: Sequence[str], seen: Sequence[str], classes: tuple[str, ...], home: Home, size: int, channels: int
 ) -> list[Domain]:
     """Targets with the labels of `classes`; CIFAR-10-C levels become one domain per corruption.
 
+    Args:
+        seen: what training or selection sees: the source first, then (where it is named) the validation domain.
+
     Raises:
-        UsageError: the source is among them, two have one name, or one has classes that the source lacks.
+        UsageError: one of these is among them, two have one name, or one has classes that the source lacks.
     """
     found: list[Domain] = []
     for text in (each for spec in specs for each in expand_levels(spec)):
         name, spec = parse_target(text)
-        if _place(spec) == _place(parse_target(source)[1]):
-            raise UsageError(f'target "{name}" is the source; a target must be a domain that training has not seen')
+        for each, use in zip(seen, ("source", "validation domain"), strict=False):
+            if _place(spec) == _place(parse_target(each)[1]):
+                unseen = "a target must be a domain that neither training nor selection has seen"
+                raise UsageError(f'target "{name}" is the {use}; {unseen}')
         if any(each.name == name for each in found):
             raise UsageError(f'two targets are called "{name}"; write NAME=SPEC to tell them apart')
         found.append(with_classes(load_domain(text, home, size=size, channels=channels), classes))

@@ -23,6 +23,8 @@ class DataConfig:
         target_every: rounds between two such measurements; 0 measures the end alone. The last round always counts.
         validation: a domain of the source's own kind to select on; empty holds a share of the source out.
         validation_share: that share.
+        disguised: how many held-out images each round is also measured on in disguise, a figure that settings may be
+            chosen by without a target (pden.evaluation.disguise); 0 leaves it out. It decides nothing in a run.
         size: side of the images after bilinear resizing; 0 leaves images as they are.
         channels: 3 copies grey images; 1 refuses colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
@@ -33,12 +35,14 @@ class DataConfig:
     target_every: int = 1
     validation: str = ""
     validation_share: float = 0.1
+    disguised: int = 1000
     size: int = 32
     channels: int = 3
     augment: Literal["none", "crop-flip"] = "none"
 
     def __post_init__(self) -> None:
         _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
+        _require(self.disguised >= 0, f"data.disguised is {self.disguised}; it must be 0 or more")
         _require(self.size == 0 or self.size >= 8, f"data.size is {self.size}; use 0 or at least 8")
         _require(self.channels in (1, 3), f"data.channels is {self.channels}; use 1 or 3")
 
@@ -91,13 +95,14 @@ class GeneratorConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the losses.
+    """Weights of the losses; the defaults are the paper's.
 
     Attributes:
         safety, diversity, cycle, adversarial: of the generator's losses; 0 leaves one out.
         diversity_limit: beyond which two draws need not differ more.
+        cycle: in short rounds the paper's 20 keeps domains near the source, and less teaches more (RESULTS.md).
         contrast: of the task model across views: none, instance, supervised, barlow. Small runs do not
-            tell them apart (RESULTS.md), so this default is no finding.
+            tell them apart (RESULTS.md).
         contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
         temperature: of both contrasts.
         off_diagonal: of Barlow Twins.
@@ -108,7 +113,7 @@ class LossConfig:
     diversity: float = 2.0
     diversity_limit: float = 0.5
     cycle: float = 20.0
-    adversarial: float = 1.0
+    adversarial: float = 0.1
     contrast: Literal["none", "instance", "supervised", "barlow"] = "instance"
     contrast_weight: float = 1.0
     temperature: float = 0.07
@@ -138,11 +143,15 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; use 0 to 1")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
 class GateConfig:
     """The safety gate (ours): each finished domain is measured on held-out source images.
+
+    Its limits were set while the embedded digits' targets were looked at, to refuse what destroys labels and no more.
 
     Attributes:
         mode: "on" refuses domains, "record" only measures them, "off" does neither.
@@ -172,6 +181,7 @@ class GateConfig:
     def __post_init__(self) -> None:
         _require(self.images >= 1 and self.judge_steps >= 1, "gate.images and gate.judge_steps must be positive")
         _require(self.retries >= 0, f"gate.retries is {self.retries}; it must be 0 or more")
+        _require(self.judge_lr > 0, f"gate.judge_lr is {self.judge_lr}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -184,6 +194,7 @@ class AveragingConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.decay < 1, f"averaging.decay is {self.decay}; it must be between 0 and 1")
+        _require(self.from_round >= 1, f"averaging.from_round is {self.from_round}; rounds count from 1")
 
 
 @dataclass(frozen=True)
@@ -197,6 +208,9 @@ class StopConfig:
 
     patience: int = 0
     novelty: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(self.patience >= 0, f"stop.patience is {self.patience}; it must be 0 (never) or more")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pden.generators import Generator
 from pden.losses import diversity
 from pden.losses.safety import IGNORED
 from pden.models import TaskModel
+from pden.precision import tf32
 from pden.training.config import GateConfig
 from pden.training.stream import Stream
 
@@ -75,6 +76,7 @@ class Measures:
 
 
 @torch.no_grad()
+@tf32(False)
 def measure(
     task: TaskModel, judge: TaskModel, generator: Generator | None, images: Tensor, labels: Tensor, stream: Stream
 ) -> Measures:

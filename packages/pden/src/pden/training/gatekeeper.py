@@ -26,7 +26,7 @@ class Gatekeeper:
     Args:
         gate: its settings; the mode is not "off".
         judge: a new model like the task model, of another seed.
-        validation: held-out source images; the first `gate.images` are measured.
+        validation: held-out source images; `gate.images` of them are measured.
         seed: of the run.
 
     Attributes:
@@ -37,31 +37,34 @@ class Gatekeeper:
         self.gate, self.seed = gate, seed
         self.judge = judge
         self.learner = Learner(judge, OptimizerConfig(lr=gate.judge_lr), world)
-        index = torch.arange(min(gate.images, len(validation)), device=validation.images.device)
-        self.images, self.labels = validation.batch(index)
+        measured = validation.spread(gate.images)
+        self.images, self.labels = measured.batch(torch.arange(len(measured), device=measured.images.device))
         self.reports: list[DomainReport] = []
         self._disguise = RandConv()
         self._accepted: list[Measures] = []
+        self._source: Measures | None = None  # of the judge, which no longer changes once it decides
 
     def train_step(self, images: Tensor, labels: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
-        """One step of the judge, on source images as they are and in random disguise; its loss.
+        """One step of the judge, on source images, half of them as they are and half in random disguise; its loss.
 
         A model of the plain source alone calls any inverted or recoloured digit wrong, however legible it is.
         """
-        disguised = self._disguise.convolved(invert_some(images, stream.torch), stream)
+        plain, rest = images.tensor_split(2)
+        disguised = self._disguise.convolved(invert_some(rest, stream.torch), stream)
         self.judge.train()
         with autocast(images.device, dtype):
-            loss = safety_loss(self.judge(torch.cat([images, disguised])), torch.cat([labels, labels]))
+            loss = safety_loss(self.judge(torch.cat([plain, disguised])), labels)
         self.learner.update(loss)
         return loss
 
     def decide(self, task: TaskModel, generator: Generator, *, round: int, attempt: int, kind: str) -> DomainReport:
         """Measure a domain, report on it, and remember it unless it is refused."""
         found = self._measure(task, generator, round, attempt)
-        source = self._measure(task, None, 0, 0)
+        if self._source is None:
+            self._source = self._measure(task, None, 0, 0)
         made = judge_domain(
             found,
-            source,
+            self._source,
             self._accepted,
             self.gate,
             round=round,

@@ -11,23 +11,31 @@ from pden.models import TaskModel
 from pden.training.trainer import Trainer
 
 
-def measure_round(trainer: Trainer, number: int, targets: Sequence[Domain]) -> dict[str, Any]:
+def measure_round(
+    trainer: Trainer, number: int, targets: Sequence[Domain], disguised: Sequence[Domain] = ()
+) -> dict[str, Any]:
     """Validation and target figures of the last and the averaged weights after a round (0: pre-training).
 
     Args:
         targets: none where this round is not measured on them.
+        disguised: held-out source images in disguise.
     """
     entry: dict[str, Any] = {"round": number, "step": trainer.clock.total}
-    entry["last"] = figures(trainer.task, trainer.validation, targets)
+    entry["last"] = figures(trainer.task, trainer.validation, targets, disguised)
     if trainer.average is not None and number > 0:
         average: TaskModel = trainer.average.module  # type: ignore[assignment]
-        entry["averaged"] = figures(average, trainer.validation, targets)
+        entry["averaged"] = figures(average, trainer.validation, targets, disguised)
     return entry
 
 
-def figures(model: TaskModel, validation: Domain, targets: Sequence[Domain]) -> dict[str, Any]:
-    """Accuracy (mIoU for segmentation) on the validation images and on each target, and the targets' average."""
+def figures(
+    model: TaskModel, validation: Domain, targets: Sequence[Domain], disguised: Sequence[Domain] = ()
+) -> dict[str, Any]:
+    """Accuracy (mIoU for segmentation) on the validation images, their mean in disguise, on each target, and the
+    targets' average."""
     found: dict[str, Any] = {"validation": evaluate(model, validation).value}
+    if disguised:
+        found["disguised"] = sum(evaluate(model, each).value for each in disguised) / len(disguised)
     scores = [evaluate(model, each) for each in targets]
     if scores:
         found["targets"] = {each.domain: each.value for each in scores}

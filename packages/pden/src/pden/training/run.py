@@ -17,6 +17,7 @@ from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
+from pden.evaluation.disguise import disguises
 from pden.evaluation.targets import absent_note, load_targets, with_classes
 from pden.saving import save_model
 from pden.training.config import TrainConfig
@@ -51,7 +52,8 @@ def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Dom
         held = with_classes(held, source.classes)
     else:
         source, held = source.split(data.validation_share, config.seed)
-    targets = load_targets(data.targets, data.source, source.classes, home, data.size, data.channels)
+    seen = [data.source, data.validation] if data.validation else [data.source]
+    targets = load_targets(data.targets, seen, source.classes, home, data.size, data.channels)
     return source, held, targets
 
 
@@ -71,6 +73,8 @@ def train(
     record = evidence(config.seed)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    if dtype == torch.float16 and config.dtype == "auto":
+        dtype = torch.float32  # a GPU without bfloat16
     if dtype == torch.float16:
         raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
     source, validation, targets = load_data(config, home)
@@ -81,8 +85,13 @@ def train(
     job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
     checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
     if checkpoint is not None:
-        restore(trainer, checkpoint)
-        job.history = checkpoint.state["history"]
+        try:
+            restore(trainer, checkpoint)
+            job.history = checkpoint.state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [""])[-1].strip()
+            what = f"{type(error).__name__}: {reason}"
+            raise UsageError(f"{checkpoint.path} is of another model or version ({what}); start a new run") from None
     try:
         job.work()
     finally:
@@ -98,6 +107,8 @@ class _Job:
     def __init__(self, trainer: Trainer, run: RunDir | None, targets: Sequence[Domain], quiet: bool) -> None:
         self.trainer, self.run, self.targets, self.quiet = trainer, run, targets, quiet
         self.history: list[dict[str, Any]] = []
+        count = trainer.config.data.disguised if run is not None else 0
+        self.disguised = disguises(trainer.validation, count) if count else []
 
     def say(self, text: str, always: bool = False) -> None:
         if self.run is not None and (always or not self.quiet):
@@ -118,13 +129,16 @@ class _Job:
                     bar.update(task, completed=trainer.clock.total, total=trainer.planned_steps)
                 for report in trainer.reports[before:]:
                     self._tell(report)
+                due = event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every
+                if due or event == "pretrained":
+                    trainer.require_finite()  # neither measured nor kept, so that a resume has something to go on from
                 if event in ("pretrained", "round"):
                     self._measure(0 if event == "pretrained" else number)
                     if shown:
                         bar.update(task, description=f"{config.name}: round {trainer.clock.round}/{config.rounds}")
                 if self.run is not None and trainer.clock.total % config.log_every == 0:
                     self._log()
-                if event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every:
+                if due:
                     saved = trainer.clock.total
                     self._save()
         if not self.history or (self.history[-1]["round"] != trainer.clock.round and config.rounds):
@@ -155,7 +169,7 @@ class _Job:
             return
         trainer, every = self.trainer, self.trainer.config.data.target_every
         due = trainer.done or (every > 0 and number % every == 0)
-        self.history.append(measure_round(trainer, number, self.targets if due else ()))
+        self.history.append(measure_round(trainer, number, self.targets if due else (), self.disguised))
         last = self.history[-1]["last"]
         average = f", targets {100 * last['average']:.1f} %" if "average" in last else ""
         self.say(f"round {number}: validation {100 * last['validation']:.1f} %{average}")

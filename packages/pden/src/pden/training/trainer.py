@@ -29,6 +29,7 @@ from pden.data.augment import crop_flip
 from pden.evaluation.accuracy import evaluate
 from pden.generators import Generator, default_width
 from pden.models import TaskModel, build_model
+from pden.precision import tf32
 from pden.training.averaging import new_average
 from pden.training.clock import Best, Clock
 from pden.training.config import OptimizerConfig, TrainConfig
@@ -122,6 +123,7 @@ class Trainer:
         judge = 0 if self.gatekeeper is None else config.gate.judge_steps
         return whole + judge + refused * config.learning_steps - dropped * config.round_steps
 
+    @tf32(True)  # what is measured in between turns it off for itself
     def step(self) -> Event:
         """One step; what it brought to an end."""
         config, clock = self.config, self.clock
@@ -327,7 +329,7 @@ class Trainer:
         """Means of this process's losses since the last call.
 
         Raises:
-            RuntimeError: one is not finite.
+            UsageError: one is not finite.
         """
         found: dict[str, float] = {}
         for names, (total, count) in self._sums.items():
@@ -335,8 +337,17 @@ class Trainer:
         self._sums = {}
         broken = [name for name, value in found.items() if not math.isfinite(value)]
         if broken:
-            raise RuntimeError(f"{broken[0]} is not finite at step {self.clock.total}; lower the learning rate")
+            raise UsageError(f"{broken[0]} {self._no_number()}")
         return found
+
+    def require_finite(self) -> None:
+        """UsageError when a weight of the task model is no number: to be called before the weights are kept."""
+        if not bool(torch.stack([each.isfinite().all() for each in self.learner.parameters]).all()):
+            raise UsageError(f"a weight {self._no_number()}")
+
+    def _no_number(self) -> str:
+        rates = f"optimizer.lr ({self.config.optimizer.lr:g}) or generator.lr ({self.config.generator.lr:g})"
+        return f"is not finite at step {self.clock.total}; lower {rates}. Checkpoints before it are kept"
 
     def tick(self, gate: bool = False) -> None:
         """Add the time since the last call to the clock, when the device has done its work."""
@@ -367,5 +378,7 @@ def _require_fit(config: TrainConfig, source: Domain, validation: Domain, world:
         raise UsageError(f"method {config.method} is for classification; segmentation has pden and erm")
     if source.dense and set(config.generator.kinds) != {"photometric"}:
         raise UsageError('segmentation needs generator.kinds = ["photometric"]: the others would move the labels')
-    if config.batch // world.size < 2:
-        raise UsageError(f"a batch of {config.batch} on {world.size} processes; each needs at least 2 images")
+    for key, size in (("batch", config.batch), ("pretrain_batch", config.pretrain_batch)):
+        if size % world.size or size // world.size < 2:
+            need = f"it must be {2 * world.size} or another multiple of {world.size}"
+            raise UsageError(f"{key} is {size} on {world.size} processes; {need}")
