@@ -135,3 +135,9 @@ def test_three_classes_are_too_few_for_the_targeted_loss():
     images, _ = tiny_batch(4, classes=3)
     with pytest.raises(UsageError, match="4 classes"):
         apgd_targeted(APGD(0.1, 2), tiny_net(classes=3), images, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 8, 8), 7.0), torch.full((2, 3, 8, 8), torch.nan)])
+def test_images_outside_the_box_are_refused(images):
+    with pytest.raises(UsageError, match=r"\[0, 1\]"):
+        APGD(0.1, 2)(tiny_net(), images, torch.zeros(2, dtype=torch.long))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from expkit.errors import UsageError
 from train_adv.attacks.gradient import ascend, logits_of
 from train_adv.attacks.losses import AttackLoss, cross_entropy, targeted_dlr
-from train_adv.attacks.norms import L2, Linf, Norm, check_epsilon, flat_norm, project_l1_box
+from train_adv.attacks.norms import L2, Linf, Norm, check_epsilon, check_images, flat_norm, project_l1_box
 from train_adv.modes import eval_mode, frozen_weights
 
 
@@ -94,6 +94,7 @@ class APGD:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Adversarial images where they were found, the natural ones elsewhere; always in eval mode."""
+        check_images(images)
         images = images.detach().float()
         with eval_mode(model), frozen_weights(model):
             found = images.clone()
@@ -129,6 +130,7 @@ def apgd_targeted(
     Raises:
         UsageError: a model of fewer than four classes, for which the loss is not defined.
     """
+    check_images(images)
     images = images.detach().float()
     with eval_mode(model), frozen_weights(model):
         found = images.clone()
