@@ -77,7 +77,7 @@ def run(
         outcome = train(settings, runs, world, resume=resume)
     finally:
         leave()
-    if outcome is None:
+    if not world.is_main:
         return
     if json is not None:
         write_json(json, outcome.result)

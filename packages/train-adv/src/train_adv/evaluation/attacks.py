@@ -24,6 +24,7 @@ from train_adv.attacks.pgd import PGD, fgsm
 from train_adv.data.dataset import stream_seed
 from train_adv.graphs import Captured
 from train_adv.modes import attack_twin
+from train_adv.precision import tf32
 
 NAMES = ("natural", "fgsm", "pgd20", "pgd100", "cw", "apgd-ce", "apgd-t", "apgd", "autoattack")
 DEFAULT = ("natural", "fgsm", "pgd20", "cw", "apgd")
@@ -163,7 +164,7 @@ class Evaluator:
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         # Its code views gradients as flat rows, which channels-last images would not allow.
-        with _tf32(False):
+        with tf32(False):
             found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
         return standing & self._right(found, labels)
 
@@ -175,24 +176,10 @@ class Evaluator:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        with _tf32(False):  # torch's own default for convolutions is TF32
+        with tf32(False):  # torch's own default for convolutions is TF32
             return logits_of(self.model, images)
 
     def _precision(self) -> AbstractContextManager[None]:
         if self.dtype != torch.float32:
             return autocast(self.device, self.dtype)
-        return _tf32(self.tf32)
-
-
-class _tf32(AbstractContextManager[None]):
-    """Whether convolutions and products inside are in TF32 on a GPU; as it was afterwards."""
-
-    def __init__(self, on: bool) -> None:
-        self.on = on
-
-    def __enter__(self) -> None:
-        self.before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.on
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
+        return tf32(self.tf32)

@@ -33,7 +33,8 @@ from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import resolve_engine
 from train_adv.training.config import DataConfig, TopologyConfig, TrainConfig
 from train_adv.training.detect import catastrophic_overfitting, robust_overfitting
-from train_adv.training.measure import features_of, pgd_accuracy, right_answers
+from train_adv.training.measure import features_of, right_answers, right_under_pgd
+from train_adv.training.reduce import average_statistics, broadcast, of_main, total
 from train_adv.training.trainer import Trainer
 
 REFERENCE = "reference"  # folder of the standard model's own run, inside the run's
@@ -69,8 +70,10 @@ class Given:
 
 def train(
     config: TrainConfig, runs: Path, world: World, *, resume: bool = False, given: Given | None = None
-) -> Outcome | None:
-    """Train, validate, keep the best and the last, report both on the test split; other processes return None.
+) -> Outcome:
+    """Train, validate, keep the best and the last, report both on the test split; every process gets the outcome.
+
+    Processes of one run see one folder of runs: the main one writes there, all of them read references there.
 
     Raises:
         UsageError: see `RunDir.create`; data, model or reference that cannot be used; a loss that is no number.
@@ -95,8 +98,7 @@ def train(
     finally:
         if run is not None:
             run.metrics.close()
-    barrier()
-    return job.finish(record) if run is not None else None
+    return job.finish(record)
 
 
 def read_data(config: DataConfig) -> DataSet:
@@ -192,6 +194,7 @@ class _Job:
     ) -> None:
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
         self.world, self.run, self.folder, self.spec, self.given = world, run, folder, spec, given
+        self.reference: Classifier | None = None
         training, held = hold_out(data.train, config.validation.fraction, config.seed)
         self.held = held.to(device) if isinstance(held, Resident) else held
         self.batches = Batches(
@@ -205,23 +208,23 @@ class _Job:
         )
         seed_everything(config.seed)
         model = _fresh(spec, given)
-        attack = self._attack(config.attack.steps)
+        settings = config.attack
+        assert settings.epsilon is not None and settings.step_size is not None  # resolved
+        attack = PGD(settings.epsilon, settings.step_size, settings.steps, make_norm(settings.norm))
         teacher = replace(spec, name=config.teacher) if config.teacher is not None else spec
         host = make_host(config.host, attack, config.beta, lambda: _fresh(teacher, given))
-        model = model.to(device)
-        topology = self._topology(model, reference)
+        model, host = model.to(device), host.to(device)
+        if reference is not None:
+            self.reference = reference.to(device).eval()
+        # A function that makes the network may draw other weights in every process, and files may differ.
+        broadcast([model, host, *([self.reference] if self.reference is not None else [])], world)
+        topology = self._topology(model)
         engine = resolve_engine(config.engine, device)
-        self.reference = reference.to(device).eval() if reference is not None else None
         self.trainer = Trainer(
             config, model, host, topology, self.batches, device=device, dtype=dtype, engine=engine, world=world
         )
 
-    def _attack(self, steps: int) -> PGD:
-        settings = self.config.attack
-        assert settings.epsilon is not None and settings.step_size is not None  # resolved
-        return PGD(settings.epsilon, settings.step_size, steps, make_norm(settings.norm))
-
-    def _topology(self, model: Classifier, reference: Classifier | None) -> TopologyRegularizer | None:
+    def _topology(self, model: Classifier) -> TopologyRegularizer | None:
         settings = self.config.topology
         if not settings.active:
             return None
@@ -236,7 +239,7 @@ class _Job:
         )
         return TopologyRegularizer(
             model,
-            reference.to(self.device) if reference is not None else None,
+            self.reference,
             weight=settings.weight,
             loss=loss,
             kind=settings.reference,
@@ -290,16 +293,18 @@ class _Job:
         self._save()
 
     def _validate(self, figures: dict[str, float]) -> None:
-        """Every process does it, on the same weights, and comes to the same figures."""
+        """Every process measures its share of the images; figures, and so decisions, are the same on all of them."""
         trainer, config = self.trainer, self.config
         average = trainer.average
         if average is not None and average.updates and config.averaging.statistics == "recompute":
             average.refresh(trainer.adversarial_batches(config.averaging.batches))
-        model = trainer.deliverable.eval()
+            if self.world.size > 1:  # each had other batches
+                average_statistics([average.model])
+        model = trainer.deliverable
         figures.update(self._accuracies(model, self.held, config.validation.steps, "val"))
         if config.topology.metrics and self.reference is not None:
             figures.update(self._topology_metrics(model))
-        model.train(model is trainer.model)
+        figures = of_main(figures, self.world)
         now = trainer.progress
         now.history.append({"epoch": float(now.epoch), **figures})
         score = figures["val_natural"] if config.host == "standard" else figures["val_pgd"]
@@ -315,20 +320,24 @@ class _Job:
                     now.stopped = warning
 
     def _accuracies(self, model: Classifier, split: Split, steps: int, prefix: str) -> dict[str, float]:
-        size = self.config.validation.batch_size
-        natural = right_answers(model, split, size=size, device=self.device, dtype=self.dtype)
-        robust = pgd_accuracy(
-            model, split, self._attack(steps), size=size, device=self.device, dtype=self.dtype, seed=self.config.seed
-        )
-        return {f"{prefix}_natural": float(natural.float().mean()), f"{prefix}_pgd": robust}
+        """Natural and PGD accuracy. PGD's step is a quarter of epsilon, whatever the training attack's is."""
+        settings, world, seed = self.config.attack, self.world, self.config.seed
+        assert settings.epsilon is not None  # resolved
+        attack = PGD(settings.epsilon, settings.epsilon / 4, steps, make_norm(settings.norm))
+        own = split.select(torch.arange(world.rank, len(split), world.size)) if world.size > 1 else split
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if len(own):
+            size = self.config.validation.batch_size
+            natural = right_answers(model, own, size=size, device=self.device)
+            robust = right_under_pgd(model, own, attack, size=size, device=self.device, seed=seed + world.rank)
+            counts += torch.stack([natural.sum(), robust.sum()]).to(counts)
+        right, standing = (total(counts, world) / len(split)).tolist()
+        return {f"{prefix}_natural": right, f"{prefix}_pgd": standing}
 
     def _topology_metrics(self, model: Classifier) -> dict[str, float]:
         assert self.reference is not None
         size = self.config.validation.batch_size
-        own, other = (
-            features_of(each, self.held, size=size, device=self.device, dtype=self.dtype)
-            for each in (model, self.reference)
-        )
+        own, other = (features_of(each, self.held, size=size, device=self.device) for each in (model, self.reference))
         return {f"topology_{name}": value for name, value in metrics.measure(own, other).items()}
 
     def _keep(self, name: str, figures: dict[str, float]) -> None:
@@ -338,23 +347,22 @@ class _Job:
         save_model(self.folder / f"{name}.safetensors", self.trainer.deliverable, about)
 
     def _save(self) -> None:
+        state = self.trainer.state()
         if self.run is None:
             return
         progress = self.trainer.progress
         step = progress.epoch * self.batches.steps + progress.number
-        self.run.checkpoints.save(step, self.trainer.tensors(), self.trainer.state())
+        self.run.checkpoints.save(step, self.trainer.tensors(), state)
 
     def finish(self, record: dict[str, Any]) -> Outcome:
         """Write `last.safetensors` and `result.json`, with both models measured on the test split."""
-        assert self.run is not None
         config, now = self.config, self.trainer.progress
         self._keep("last", now.history[-1])
         chosen = {"best": now.best_epoch, "last": now.epoch}
         report: dict[str, Any] = {}
         model = self.trainer.deliverable
         for name, epoch in chosen.items():
-            load_weights(model, load_tensors(self.folder / f"{name}.safetensors"), name)
-            model.eval()
+            self._load(model, name)
             entry = next(each for each in now.history if each["epoch"] == epoch)
             report[name] = dict(entry)
             if config.validation.test:
@@ -377,6 +385,14 @@ class _Job:
             "peak_memory_bytes": peak_memory(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        write_json(self.folder / "result.json", result)
-        load_weights(model, load_tensors(self.folder / "best.safetensors"), "best")
+        result = of_main(result, self.world)
+        if self.run is not None:
+            write_json(self.folder / "result.json", result)
+        self._load(model, "best")
+        barrier()  # none goes on to read what the main one still writes
         return Outcome(self.folder, result, model.eval())
+
+    def _load(self, model: Classifier, name: str) -> None:
+        if self.run is not None:
+            load_weights(model, load_tensors(self.folder / f"{name}.safetensors"), name)
+        broadcast([model], self.world)
