@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import train_adv
 from expkit.cli import progress
 from expkit.errors import UsageError
 from train_adv.attacks.norms import check_epsilon, make_norm
@@ -83,7 +84,7 @@ def evaluate(
     if model is None:
         model = load_model(path, device)
     require_fit(model, data, path)
-    key = {**asdict(settings), "data": data.name}
+    key = {**asdict(settings), "data": data.name, "images": data.test.fingerprint(), "version": train_adv.__version__}
     for name in ("limit", "autoattack_limit"):
         del key[name]  # chunks are the same whatever the limit, but for the last one, which is checked below
     store = AnswerStore(work if work is not None else path.parent / "eval", path, key)
