@@ -210,3 +210,42 @@ def test_unknown_data_is_said():
 def test_stream_seeds_differ_by_every_part():
     seeds = {stream_seed(a, b, c) for a in range(3) for b in ("x", "y") for c in range(3)}
     assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_download_killed_while_it_unpacks_is_not_there(tmp_path, monkeypatch):
+    source = tmp_path / "source" / "thing"
+    source.mkdir(parents=True)
+    for name in ("a", "b"):
+        (source / name).write_text(name)
+    packed = tmp_path / "thing.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(source, "thing")
+    archive = Archive("thing", packed.as_uri(), hashlib.md5(packed.read_bytes()).hexdigest())
+    real, done = tarfile.TarFile.extract, []
+
+    def dying(self, member, *arguments, **options):
+        if len(done) == 2:  # the folder and one file
+            raise KeyboardInterrupt
+        done.append(member)
+        return real(self, member, *arguments, **options)
+
+    def all_of(self, path, filter):
+        for member in self.getmembers():
+            self.extract(member, path, filter=filter)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", dying)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", all_of)
+    with pytest.raises(KeyboardInterrupt):
+        download(archive, tmp_path / "cache")
+    assert len(done) == 2 and not (tmp_path / "cache" / "thing").exists()
+    monkeypatch.undo()
+    assert sorted(path.name for path in download(archive, tmp_path / "cache").iterdir()) == ["a", "b"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+def test_a_half_unpacked_tiny_imagenet_is_refused(tmp_path):
+    (tmp_path / "train" / "n1" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\t0\t1\t1\n")
+    with pytest.raises(UsageError, match="0 training and 0 validation images.*unpacked by half"):
+        published.read_tiny_imagenet(tmp_path, "refuse", (500, 1))
