@@ -247,5 +247,36 @@ def test_a_half_unpacked_tiny_imagenet_is_refused(tmp_path):
     (tmp_path / "train" / "n1" / "images").mkdir(parents=True)
     (tmp_path / "val" / "images").mkdir(parents=True)
     (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\t0\t1\t1\n")
-    with pytest.raises(UsageError, match="0 training and 0 validation images.*unpacked by half"):
+    with pytest.raises(UsageError, match=r"0 training and 0 validation images.*unpacked by half"):
         published.read_tiny_imagenet(tmp_path, "refuse", (500, 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("x,text,x,y", "whole numbers"),
+        ("x,below,x,y", "whole numbers"),
+        ("x,half,x,y", "whole numbers"),
+        ("x,table,x,y", "whole numbers"),
+        ("x,large,x,y", "largest label"),
+        ("none,nothing,x,y", "at least one"),
+        ("four,y,four,y", "3\\)"),
+        ("x,y,other,y", "must be alike"),
+        ("x,y,x,z", "no array 'z'"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_said(keys, said, tmp_path):
+    y = np.arange(8) % 2
+    images = np.zeros((8, 4, 4), np.uint8)
+    arrays = {"x": images, "y": y, "text": y.astype(str), "below": y - 1, "half": y + 0.5, "table": y[:, None]}
+    arrays |= {"large": y * 10**6, "none": images[:0], "nothing": y[:0], "other": images[:, :3]}
+    np.savez(tmp_path / "a.npz", four=np.zeros((8, 4, 4, 4), np.uint8), **arrays)
+    with pytest.raises(UsageError, match=said):
+        load_data(f"{tmp_path / 'a.npz'}#{keys}")
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b"", b"PK\x03\x04 cut off"])
+def test_a_file_that_is_no_npz_is_said(content, tmp_path):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="no npz file"):
+        load_data(f"{tmp_path / 'a.npz'}#x,y,x,y")

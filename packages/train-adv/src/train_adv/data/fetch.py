@@ -36,7 +36,9 @@ class Archive:
 
 
 def folders(data_dir: Path | None) -> list[Path]:
-    """Where to look, in order."""
+    """Where to look, in order; UsageError for a folder that was named and is none."""
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"the data folder {data_dir} does not exist")
     found = [] if data_dir is None else [Path(data_dir)]
     if os.environ.get("EXPKIT_DATA"):
         found.append(Path(os.environ["EXPKIT_DATA"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from expkit.checkpoint import CheckpointStore, load_tensors, write_json
 from expkit.cli import console, progress
-from expkit.device import peak_memory, resolve_device, resolve_dtype, synchronize
+from expkit.device import peak_memory, synchronize
 from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
@@ -27,6 +28,7 @@ from train_adv.hosts.make import make_host
 from train_adv.models.build import build
 from train_adv.models.checkpoint import load_model, load_weights, save_model
 from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.precision import training_precision
 from train_adv.topology import metrics
 from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.regularizer import TopologyRegularizer
@@ -81,12 +83,13 @@ def train(
     given = given if given is not None else Given()
     config = config.resolved()
     record = evidence(config.seed)
-    device, dtype = _device_and_dtype(config)
+    device, dtype = training_precision(config.device, config.dtype, deterministic=config.deterministic)
     data = given.data if given.data is not None else read_data(config.data)
     spec = describe(config, data, given)
     folder = runs / config.name
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
+    begun = resume
     try:
         reference = _reference(config, folder, spec, world, resume=resume, given=Given(data, given.model))
         job = _Job(config, data, spec, given, reference, device, dtype, world, run, folder)
@@ -94,7 +97,12 @@ def train(
             checkpoint = CheckpointStore(folder / "checkpoints").latest()
             if checkpoint is not None:
                 job.trainer.restore(checkpoint.tensors, checkpoint.state)
+        begun = True
         job.fit()
+    except UsageError:
+        if run is not None and not begun and not (folder / REFERENCE).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing came of it, and its name shall stay free
+        raise
     finally:
         if run is not None:
             run.metrics.close()
@@ -120,22 +128,11 @@ def read_data(config: DataConfig) -> DataSet:
 
 def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
     """What the checkpoint will say about the model."""
+    if len(data.class_names) < 2:
+        raise UsageError(f"{data.name} has {len(data.class_names)} class; a classifier needs at least 2")
     mean, std = channel_statistics(data.train)
     name = "custom" if given.model is not None else str(config.model)
     return ModelSpec(name, data.class_names, data.image_shape, mean, std, "auto")
-
-
-def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    device = resolve_device(config.device)
-    name = config.dtype
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and resolve_dtype("auto", device) == torch.bfloat16 else "fp32"
-    dtype = resolve_dtype(name, device)
-    if dtype == torch.float16:
-        raise UsageError("training in float16 would need loss scaling and is not supported; use dtype bf16 or fp32")
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.backends.cudnn.deterministic = config.deterministic
-    return device, dtype
 
 
 def _fresh(spec: ModelSpec, given: Given) -> Classifier:
