@@ -212,7 +212,7 @@ class _Job:
         host = make_host(config.host, attack, config.beta, lambda: _fresh(teacher, given))
         model, host = model.to(device), host.to(device)
         if reference is not None:
-            self.reference = reference.to(device).eval()
+            self.reference = reference.to(device).to(memory_format=torch.channels_last).eval()
         # A function that makes the network may draw other weights in every process, and files may differ.
         broadcast([model, host, *([self.reference] if self.reference is not None else [])], world)
         topology = self._topology(model)

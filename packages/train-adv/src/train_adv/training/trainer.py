@@ -87,7 +87,7 @@ class Trainer:
     ) -> None:
         self.config, self.batches, self.device, self.dtype, self.world = config, batches, device, dtype, world
         self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.host, self.topology = host.to(device), topology
+        self.host, self.topology = host.to(device).to(memory_format=torch.channels_last), topology
         self.forward: Callable[[Tensor], Output] = self.model.with_features
         if engine != "eager":
             self.forward = torch.compile(self.model.with_features, dynamic=False)
