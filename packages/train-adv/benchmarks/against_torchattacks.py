@@ -32,7 +32,7 @@ from train_adv.models.build import build
 from train_adv.models.classifier import Classifier, ModelSpec
 from train_adv.training.climber import resolve_engine
 from train_adv.training.config import OptimizerConfig, TrainConfig
-from train_adv.training.measure import pgd_accuracy, right_answers
+from train_adv.training.measure import right_answers, right_under_pgd
 from train_adv.training.trainer import Trainer
 
 ALONE = World(0, 1, 0)
@@ -61,7 +61,7 @@ def main() -> None:
         model, seconds = loop(model, batches, arguments, device)
         model.eval()
         natural = float(right_answers(model, test, size=500, device=device).float().mean())
-        robust = pgd_accuracy(model, test, replace(ATTACK, steps=20), size=500, device=device)
+        robust = float(right_under_pgd(model, test, replace(ATTACK, steps=20), size=500, device=device).float().mean())
         rows.append({"loop": name, "seconds": seconds, "natural": natural, "pgd20": robust})
         print(f"{name:14} {seconds:8.2f} s an epoch, natural {natural:.2%}, PGD-20 {robust:.2%}", flush=True)
     ratio = rows[0]["seconds"] / rows[1]["seconds"]

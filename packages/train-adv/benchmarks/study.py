@@ -1,199 +1,187 @@
-"""The study on CIFAR-10 (ResNet-18, Linf 8/255), cut into parts that each fit a lease of about 25 minutes.
+"""The study on CIFAR-10 (ResNet-18, Linf 8/255), cut into leases of a bare GPU machine.
 
-    python packages/train-adv/benchmarks/study.py PART --work WORK --data-dir DATA --out OUT [--seeds 0,1]
+    python packages/train-adv/benchmarks/study.py plan   [PART ...] --out OUT
+    python packages/train-adv/benchmarks/study.py run    [PART ...] --out OUT --work WORK --data-dir DATA
+    python packages/train-adv/benchmarks/study.py report --out OUT
 
-Parts, with their length on paper (5.5 s an epoch of PGD-10, 6.2 s of TRADES, +18 % / +6 % for TRAIN; evaluation of one
-checkpoint by natural, PGD-20 and APGD-CE + T on 10,000 images about 75 s, AutoAttack on 1,000 about 150 s):
+Parts (all of them where none is named; `plan` prints the leases that are left, with minutes):
 
-    speed       seconds an epoch at batch 512 and 128, with and without TRAIN                         about  4 min
-    standard    the standard models; other parts train theirs first where it is missing               about  2 min
-    lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0          about 55 min
-                (16 arms: three leases; arms that have their JSON are skipped)
-    beta        TRADES alone, beta 1, 2, 3, 6, 9: the host's own frontier, 15 epochs, seed 0          about 17 min
-    main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs: for each seed       about 50 min
-                (7 arms of 3 min training, 2 x 75 s evaluation and AutoAttack: two leases)
-    epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch    about  7 min
-    long        100 epochs at batch 128: --only one pair                                              about 2 x 17 min
-    everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES                                           about 18 min
-    report      a table of all results in OUT; needs no GPU
+    speed       seconds an epoch at batch 512 and 128, with and without TRAIN
+    standard    the standard models
+    lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
+    beta        AT, and TRADES at beta 1, 2, 3, 6, 9: the hosts' own frontier, 15 epochs, seed 0
+    main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
+    epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
+    everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES
+    long        100 epochs at batch 128; --only one pair
 
-Each arm is trained by `train-adv train` (a killed one resumes), evaluated, and leaves OUT/<arm>-<seed>.json with its
-configuration, figures of best and last, metrics of each epoch and answers image by image, so that pairs can be compared
-later (`report`) without the weights. Arms that have their JSON are skipped. `--minutes` begins no arm after that time.
+Nothing is chosen on test images. `lambda` and `beta` train without a tenth of the training images, the same 5,000 for
+every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is their standard model. The
+other parts take kernel and lambda by the rule of `study_report.choose` from those figures (`--at`, `--trades` override
+it), are trained on all training images but their 2 % for validation, and are judged on the test images.
+
+`run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
+(WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
+last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm: the standard
+model is deterministic and is trained again in under a minute (each JSON has its hash).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
+import importlib.util
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results
+from study_arms import standard as standard_arm
+from study_report import choose, line, pack, report
 
 from expkit.checkpoint import write_json
 from expkit.config import flatten, load_config
 from expkit.device import resolve_device
 from expkit.distributed import World
+from expkit.errors import UsageError
 from expkit.metrics import read_metrics
 from expkit.rundir import evidence
-from train_adv.data.dataset import DataSet
+from train_adv.data.dataset import DataSet, hold_out
 from train_adv.evaluation.evaluate import Settings, evaluate, row
-from train_adv.evaluation.statistics import paired_difference
 from train_adv.training.config import TrainConfig
 from train_adv.training.run import Given, Outcome, read_data, train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALONE = World(0, 1, 0)
 EPSILON = 8 / 255
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One training and its evaluation."""
-
-    name: str
-    settings: dict[str, Any]
-    base: str = "cifar10-resnet18.toml"
-    attacks: tuple[str, ...] = ("natural", "pgd20", "apgd")
-    final: tuple[str, ...] = ()  # for the last checkpoint only
-    reference: bool = True
+TUNING_SEED, TUNING_SHARE = 20231, 0.1  # of the split that lambda and beta are chosen on: never the runs' seeds
 
 
 def main() -> int:
     arguments = parse()
-    if arguments.part == "report":
-        print(report(arguments.out))
-        return 0
-    begun = time.monotonic()
-    arms = [arm for arm in parts(arguments)[arguments.part] if not arguments.only or arm.name in arguments.only]
-    for seed in arguments.seeds:
-        ensure_standard(seed, arms, arguments)
-        for arm in arms:
-            if (arguments.out / f"{arm.name}-{seed}.json").is_file():
-                continue
-            if time.monotonic() - begun > 60 * arguments.minutes:
-                print(f"time is up before {arm.name}-{seed}; start the same command again")
-                return 0
-            run_arm(arm, seed, arguments)
-    print(report(arguments.out))
+    results = read_results(arguments.out)
+    try:
+        if arguments.action == "report":
+            print(report(results))
+        elif arguments.action == "plan":
+            print(plan(jobs(arguments, results), arguments.minutes))
+        else:
+            run(arguments)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ("speed", "standard", "lambda", "beta", "main", "epsilons", "long", "everything", "report")
-    parser.add_argument("part", choices=known)
+    parser.add_argument("action", choices=("plan", "run", "report"))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--work", type=Path, default=Path("work"), help="runs; lost with the machine")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="JSON files, to be kept")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="JSON files, to be kept and brought along")
     parser.add_argument("--data-dir", type=Path, help="folder of cifar-10-batches-py")
-    parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], default=[0])
+    parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], default=[0, 1],
+                        help="of standard and main; all else has seed 0")  # fmt: skip
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these arms")
-    parser.add_argument("--minutes", type=float, default=22.0, help="begin no arm after this time")
-    parser.add_argument("--kernel", default="cosine", help="kernel of the parts main, long and everything")
-    parser.add_argument("--at-weight", type=float, default=100.0, help="lambda for AT and MART")
-    parser.add_argument("--trades-weight", type=float, default=100.0, help="lambda for TRADES")
-    parser.add_argument("--limit", type=int, default=0, help="test images (0: all), to try the script out")
+    parser.add_argument("--minutes", type=float, default=24.0, help="length of a lease")
+    parser.add_argument("--at", type=_choice, help="KERNEL:LAMBDA for AT and MART, instead of the sweep's")
+    parser.add_argument("--trades", type=_choice, help="KERNEL:LAMBDA for TRADES, instead of the sweep's")
+    parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for part in arguments.parts:
+        if part not in PARTS:
+            parser.error(f"unknown part {part!r}; use some of {', '.join(PARTS)}")
+    return arguments
 
 
-def parts(arguments: argparse.Namespace) -> dict[str, list[Arm]]:
-    """The arms of every part."""
-    kernel = {"topology.kernel": arguments.kernel}
-    at = {**kernel, "topology.weight": arguments.at_weight}
-    trades = {**kernel, "topology.weight": arguments.trades_weight}
-    short = {"epochs": 15}
-    scales = {"cosine": (10.0, 30.0, 100.0, 300.0), "softmax-cosine": (0.1, 0.3, 1.0, 3.0)}
-    long = "cifar10-resnet18-100.toml"
-    aa = ("autoattack",)
-    return {
-        "speed": [
-            Arm(f"speed-{host}{'+train' if weight else ''}-{size}", speed(host, weight, size), attacks=())
-            for size in (512, 128)
-            for host, weight in (("at", 0.0), ("at", 100.0), ("trades", 0.0), ("trades", 100.0))
-        ],
-        "standard": [Arm("standard", {"host": "standard", "averaging.kind": "none"}, reference=False)],
-        "lambda": [
-            Arm(
-                f"{host}-{name}-{weight:g}",
-                {"host": host, "topology.weight": weight, "topology.kernel": name, **short},
-            )
-            for name, weights in scales.items()
-            for weight in weights
-            for host in ("at", "trades")
-        ],
-        "beta": [
-            Arm(f"trades-beta-{beta:g}", {"host": "trades", "beta": beta, **short})
-            for beta in (1.0, 2.0, 3.0, 6.0, 9.0)
-        ],
-        "main": [
-            Arm("at", {"host": "at"}, final=aa),
-            Arm("at-control", {"host": "at", "topology.control": True}),
-            Arm("at+train", {"host": "at", **at}, final=aa),
-            Arm("trades", {"host": "trades"}, final=aa),
-            Arm("trades+train", {"host": "trades", **trades}, final=aa),
-            Arm("mart", {"host": "mart"}, final=aa),
-            Arm("mart+train", {"host": "mart", **at}, final=aa),
-        ],
-        "epsilons": [
-            Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,
-                                    "attack.step_size": max(each, 1) / 4 / 255, **short}, attacks=("natural", "pgd20"))
-            for each in (0, 2, 4, 8)
-        ],
-        "long": [
-            Arm("long-at", {"host": "at"}, long, final=aa),
-            Arm("long-at+train", {"host": "at", **at}, long, final=aa),
-            Arm("long-trades", {"host": "trades"}, long, final=aa),
-            Arm("long-trades+train", {"host": "trades", **trades}, long, final=aa),
-        ],
-        "everything": [
-            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at}, final=aa),
-            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades}, final=aa),
-        ],
-    }  # fmt: skip
+def _choice(text: str) -> Choice:
+    kernel, _, weight = text.partition(":")
+    return Choice(kernel, float(weight))
 
 
-def speed(host: str, weight: float, size: int) -> dict[str, Any]:
-    """Two epochs without validation in between; the first one compiles, so the second one counts."""
-    return {
-        "host": host, "batch_size": size, "epochs": 2, "topology.weight": weight, "topology.reference_epochs": 1,
-        "validation.every": 2, "validation.test": False, "averaging.kind": "ema", "optimizer.lr": 0.05,
-    }  # fmt: skip
+def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[Job]:
+    """What is left, in order, with its seconds on paper."""
+    arms = parts(arguments.at or choose(results, "at"), arguments.trades or choose(results, "trades"))
+    costs = Costs.measured(results, [arm for part in arms.values() for arm in part])
+    found = []
+    for part in arguments.parts or PARTS:
+        for seed in arguments.seeds if part in ("standard", "main") else arguments.seeds[:1]:
+            for arm in arms[part]:
+                if (not arguments.only or arm.name in arguments.only) and not is_done(arguments.out, arm, seed):
+                    found.append(Job(arm, seed, costs.of(arm)))
+    return found
 
 
-def ensure_standard(seed: int, arms: list[Arm], arguments: argparse.Namespace) -> None:
-    """Weights are lost with a machine: train this seed's standard model again where arms need it."""
-    if not any(arm.reference and arm.attacks for arm in arms):
-        return
-    if not (arguments.work / f"standard-{seed}" / "best.safetensors").is_file():
-        train_arm(parts(arguments)["standard"][0], seed, arguments)
+def run(arguments: argparse.Namespace) -> None:
+    """Arms in order, as long as they fit into what is left of the lease."""
+    left = jobs(arguments, read_results(arguments.out))
+    require_libraries(left)
+    clock = arguments.work / "lease.json"
+    if not clock.is_file():
+        write_json(clock, {"began": time.time()})
+    end = json.loads(clock.read_text())["began"] + 60 * arguments.minutes
+    print(plan(left, arguments.minutes), flush=True)
+    while left:
+        # What follows may depend on figures that have come meanwhile: lambda, and seconds an epoch.
+        fitting = [job for job in left if time.time() + job.seconds <= end]
+        if not fitting:
+            print(f"time is up with {len(left)} arms left, {cost(left) / 60:.0f} min: bring OUT to the next lease")
+            break
+        job = fitting[0]
+        if job.arm.reference and job.arm.attacks:
+            train_arm(standard_arm(tuning=job.arm.tuning), job.seed, arguments)
+        run_arm(job.arm, job.seed, arguments)
+        left = jobs(arguments, read_results(arguments.out))
+    print(report(read_results(arguments.out)))
+
+
+def require_libraries(left: list[Job]) -> None:
+    """A machine without network that lacks one should say so before minutes are spent."""
+    needed = ["sklearn", "scipy"]
+    needed += ["pyautoattack"] if any("autoattack" in job.arm.final for job in left) else []
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if absent:
+        raise UsageError(f"this Python lacks {', '.join(absent)}, which the study needs: put them on PYTHONPATH")
+
+
+def tuning_split(data: DataSet) -> DataSet:
+    """Training data without a tenth of them, which take the place of the test images."""
+    rest, held = hold_out(data.train, TUNING_SHARE, TUNING_SEED)
+    return replace(data, name=f"{data.name}-tuning", train=rest, test=held)
 
 
 def train_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> tuple[TrainConfig, DataSet, Outcome]:
-    """Train an arm, or go on with it."""
+    """Train an arm, or go on with it, or read what it came to."""
+    torch._dynamo.reset()  # or the limit of compiled variants of one function is reached, and all is eager
+    gc.collect()
+    torch.cuda.empty_cache()
     name = f"{arm.name}-{seed}"
-    flags: dict[str, Any] = {"name": name, "seed": seed, "data.dir": arguments.data_dir, **arm.settings}
+    flags: dict[str, Any] = {"name": name, "seed": seed, "data.dir": arguments.data_dir, "validation.test": False}
     if arm.reference and arm.attacks:
-        flags |= {"topology.metrics": True, "topology.path": arguments.work / f"standard-{seed}"}
+        path = arguments.work / f"{standard_arm(tuning=arm.tuning).name}-{seed}"
+        flags |= {"topology.metrics": True, "topology.path": path}
+    flags |= arm.settings
     for text in arguments.set:
         key, _, value = text.partition("=")
         flags[key] = json.loads(value)
     config = load_config(TrainConfig, CONFIGS / arm.base, flags)
     data = read_data(config.data)
+    if arm.tuning:
+        data = tuning_split(data)
     resume = (arguments.work / name / "config.toml").is_file()
     print(f"--- {name}", flush=True)
-    outcome = train(config, arguments.work, ALONE, resume=resume, given=Given(data=data))
-    assert outcome is not None
-    return config, data, outcome
+    return config, data, train(config, arguments.work, ALONE, resume=resume, given=Given(data=data))
 
 
 def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
-    """Train, evaluate best and last, write the JSON."""
+    """Train, judge the last checkpoint and, where it is another one, the best; the JSON is written after each."""
     record = evidence(seed)
     name = f"{arm.name}-{seed}"
     config, data, outcome = train_arm(arm, seed, arguments)
@@ -201,86 +189,51 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
     seconds = [now["seconds"] - before["seconds"] for before, now in pairwise(lines)]
     found: dict[str, Any] = {
         "arm": arm.name,
+        "judged_on": f"{min(arguments.limit or len(data.test), len(data.test))} "
+        + ("held-out training images" if arm.tuning else "test images"),
+        "tuning_split": {"seed": TUNING_SEED, "share": TUNING_SHARE} if arm.tuning else None,
+        "reference": _hash(config.topology.path),
         "config": flatten(json.loads(json.dumps(asdict(config.resolved()), default=str))),
         "training": outcome.result,
         "seconds_per_epoch_after_the_first": sum(seconds) / len(seconds) if seconds else None,
         "epochs": lines,
         "evaluation": {},
         "answers": {},
+        "judge_seconds": {},
+        "complete": False,
     }
-    checkpoints = {"best": arm.attacks, "last": (*arm.attacks, *arm.final)} if arm.attacks else {}
-    for which, attacks in checkpoints.items():
-        answers = judge(outcome.folder / f"{which}.safetensors", data, attacks, seed, arguments.limit)
-        found["evaluation"][which] = row(name, answers, data)["attacks"]
-        found["answers"][which] = {attack: pack(right) for attack, right in answers.items()}
-    write_json(arguments.out / f"{name}.json", {**found, **record})
+    wanted = [("last", arm.attacks), ("last", arm.final)]
+    if arm.both and outcome.result["best"]["epoch"] != outcome.result["last"]["epoch"]:
+        wanted.append(("best", arm.attacks))
+    for which, attacks in wanted:
+        if attacks:
+            begun = time.monotonic()
+            answers = judge(outcome.folder / f"{which}.safetensors", data, attacks, seed, arguments.limit)
+            clock = "autoattack" if "autoattack" in attacks else which
+            found["judge_seconds"][clock] = time.monotonic() - begun
+            found["evaluation"].setdefault(which, {}).update(row(name, answers, data)["attacks"])
+            found["answers"].setdefault(which, {}).update({each: pack(right) for each, right in answers.items()})
+            write_json(arguments.out / f"{name}.json", {**found, **record})
+    write_json(arguments.out / f"{name}.json", {**found, **record, "complete": True})
     print(line(found), flush=True)
 
 
 def judge(path: Path, data: DataSet, attacks: tuple[str, ...], seed: int, limit: int) -> dict[str, torch.Tensor]:
     """Attacks in TF32 on compiled models and CUDA graphs; AutoAttack is its authors' code, in fp32."""
+    torch._dynamo.reset()
     device = resolve_device("auto")
-    fast = Settings(
-        EPSILON, size=500, limit=limit, autoattack_limit=min(limit or 1000, 1000), precision="tf32",
-        compiled=device.type == "cuda", seed=seed,
-    )  # fmt: skip
-    plain = replace(fast, precision="fp32", compiled=False)
-    own = [name for name in attacks if name != "autoattack"]
-    answers = evaluate(path, data, own, fast, device=device)
-    if "autoattack" in attacks:
-        answers |= evaluate(path, data, ["autoattack"], plain, device=device)
-    return answers
+    plain = Settings(EPSILON, size=500, limit=limit, autoattack_limit=min(limit or 1000, 1000), seed=seed)
+    fast = replace(plain, precision="tf32", compiled=device.type == "cuda")
+    return evaluate(path, data, attacks, plain if "autoattack" in attacks else fast, device=device)
 
 
-def pack(right: torch.Tensor) -> str:
-    """Booleans as hexadecimal digits, four images each, the first one in the highest bit."""
-    bits = "".join("1" if each else "0" for each in right.tolist())
-    padded = bits.ljust(-(-len(bits) // 4) * 4, "0")
-    return f"{len(bits)}:" + f"{int(padded or '0', 2):0{len(padded) // 4}x}"
-
-
-def unpack(text: str) -> torch.Tensor:
-    """The inverse of `pack`."""
-    count, _, digits = text.partition(":")
-    bits = f"{int(digits or '0', 16):0{4 * len(digits)}b}"
-    return torch.tensor([each == "1" for each in bits[: int(count)]], dtype=torch.bool)
-
-
-def line(found: dict[str, Any]) -> str:
-    """One arm in one line."""
-    cells = [f"{found['arm']:24} seed {found['training']['seed']}"]
-    pace = found["seconds_per_epoch_after_the_first"]
-    cells.append(f"{pace:5.2f} s/epoch" if pace is not None else "")
-    for which, table in found["evaluation"].items():
-        shown = ", ".join(f"{name} {100 * each['accuracy']:.2f}" for name, each in table.items())
-        cells.append(f"{which}: {shown}")
-    return " | ".join(cells)
-
-
-def report(out: Path) -> str:
-    """All arms, and paired differences (last checkpoints, all common seeds) of every arm with TRAIN to its host."""
-    found = [json.loads(path.read_text()) for path in sorted(out.glob("*-[0-9]*.json"))]
-    found = [each for each in found if "arm" in each]
-    lines = [line(each) for each in found]
-    by_arm: dict[str, dict[int, dict[str, Any]]] = {}
-    for each in found:
-        by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"].get("last", {})
-    for arm, seeds in by_arm.items():
-        host = arm.removesuffix("+train")
-        for other in (host, f"{host}-control") if arm.endswith("+train") else ():
-            common = sorted(seeds.keys() & by_arm.get(other, {}).keys())
-            attacks = [n for n in ("natural", "pgd20", "apgd", "autoattack") if all(n in seeds[s] for s in common)]
-            for attack in attacks if common else ():
-                if not all(attack in by_arm[other][seed] for seed in common):
-                    continue
-                pairs = [(unpack(seeds[s][attack]), unpack(by_arm[other][s][attack])) for s in common]
-                result = paired_difference(pairs)
-                low, high = result["interval"]
-                lines.append(
-                    f"{arm} - {other}, {attack}, seeds {common}: {100 * result['difference']:+.2f} "
-                    f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-                )
-    return "\n".join(lines)
+def _hash(reference: Path | None) -> str | None:
+    """Of the standard model's weights: the same in every lease, if it is as deterministic as it should be."""
+    path = reference / "best.safetensors" if reference is not None else None
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -63,3 +63,15 @@ def test_the_perturbed_loss_is_higher():
     before = float(loss())
     with AWP(model, 0.05).perturbed(loss):
         assert float(loss()) > before
+
+
+def test_the_ascent_moves_no_other_networks_statistics():
+    model, teacher = tiny_net().train(), tiny_net(seed=2).train()
+    images, _ = tiny_batch(8)
+    before = copy.deepcopy(teacher.state_dict())
+
+    def loss():
+        return F.mse_loss(model(images), teacher(images))
+
+    AWP(model, 0.05, [teacher]).direction(loss)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from expkit.checkpoint import load_tensors, read_metadata, save_tensors
 from expkit.cli import main
 from train_adv.cli import VERBS, build
 
@@ -142,6 +143,26 @@ def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
         (["topology", "RUNS/one/reference"], "--reference"),
         (["demo", "--epsilon", "8"], "8/255"),
         (["attack", "RUNS/one", "--norm", "L7"], "L7"),
+        (["train", "--set", "batch_size=1"], "no neighbours"),
+        (["train", "--set", "optimizer.nesterov=true", "--set", "optimizer.momentum=0.0"], "nesterov"),
+        (["train", "--set", "averaging.batches=0"], "averaging.batches is 0"),
+        (["train", "--set", "attack.step_size=nan"], "attack.step_size is nan"),
+        (["train", "--set", "topology.temperature=0.0"], "topology.temperature"),
+        (["train", "--set", "validation.fraction=1.5"], "validation.fraction"),
+        (["train", "--set", "guard.patience=0"], "guard.patience"),
+        (["train", "--host", "n-fgsm", "--set", "attack.norm='L2'"], "Linf only"),
+        (["train", "--data", "EMPTY"], "0 training"),
+        (["train", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere does not exist"),
+        (["train", "--data", "digits", "--json", "EMPTY"], "EMPTY is a folder"),
+        (["train", "--data", "digits", "--runs", "TEXT"], "TEXT is a file"),
+        (["eval", "RUNS/one", "--attacks", ","], "no attack"),
+        (["eval", "RUNS/one", "--work", "TEXT"], "TEXT is a file"),
+        (["eval", "TEXT", "--data", "digits", "--epsilon", "0.1"], "not a readable safetensors file"),
+        (["predict", "EMPTY", "--model", "RUNS/one"], "no images"),
+        (["predict", "TEXT", "--model", "RUNS/one"], "1 of 1 images cannot be read"),
+        (["attack", "RUNS/one", "--out", "TEXT/a"], "TEXT is a file"),
+        (["topology", "RUNS/one", "--limit", "3"], "too few"),
+        (["demo", "--json", "EMPTY"], "EMPTY is a folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, monkeypatch, capsys):
@@ -150,7 +171,10 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, 
         (tmp_path / "images" / name).mkdir(parents=True)
         for index in range(4):
             Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / f"{index}.png")
-    put = {"RUNS": str(runs), "FOLDER": str(tmp_path / "images")}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no model, no image")
+    put = {"RUNS": str(runs), "FOLDER": str(tmp_path / "images"), "EMPTY": str(tmp_path / "empty")}
+    put["TEXT"] = str(tmp_path / "text.txt")
 
     def fill(text: str) -> str:
         for key, value in put.items():
@@ -161,7 +185,44 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, 
     error = capsys.readouterr().err.strip()
     lines = [line for line in error.splitlines() if not line.startswith(("decoding", "checking"))]
     assert len(lines) == 1 and lines[0].startswith("error: ") and fill(said) in lines[0]
-    assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
+    assert not list(tmp_path.glob("runs/*"))  # nothing half-written, and the name is free
+
+
+def test_what_is_set_is_not_hidden_by_flags_left_out(tmp_path):
+    arguments = ["train", "--name", "a", "--data", "digits", *QUICK, "--set", "epochs=1", "--set", "batch_size=16"]
+    assert run(*arguments, "--runs", str(tmp_path)) == 0
+    text = (tmp_path / "a" / "config.toml").read_text()
+    assert "epochs = 1\n" in text and "batch_size = 16\n" in text
+
+
+def test_few_classes_are_said_where_a_targeted_loss_needs_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images, labels = np.random.default_rng(0).integers(0, 255, (60, 8, 8), np.uint8), np.arange(60) % 2
+    np.savez("two.npz", x=images, y=labels)
+    quick = ["--device", "cpu", "--set", "attack.steps=1", "--set", "validation.fraction=0.2", "--batch-size", "16"]
+    made = ["train", "--name", "two", "--data", "two.npz#x,y,x,y", "--model", "small-cnn", "--epochs", "1", *quick]
+    assert run(*made) == 0
+    for words in (["eval", "--attacks", "autoattack"], ["eval", "--attacks", "apgd"], ["attack", "--loss", "dlr"]):
+        capsys.readouterr()
+        assert run(words[0], "runs/two", *words[1:], "--device", "cpu") == 2
+        assert "classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"mean": "x"}, "damaged"), ({"class_names": 3}, "damaged"), ({"mean": [0.1, 0.2]}, "damaged"),
+     ({"name": "resnet18"}, "another architecture"), (None, "names no model")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_or_of_none_is_said(change, said, runs, tmp_path, capsys):
+    source = runs / "one" / "best.safetensors"
+    metadata = read_metadata(source)
+    spec = json.loads(metadata.pop("model"))
+    if change is not None:
+        metadata["model"] = json.dumps({**spec, **change})
+    save_tensors(tmp_path / "m.safetensors", load_tensors(source), metadata)
+    made = ["eval", str(tmp_path / "m.safetensors"), "--data", "digits", "--epsilon", "0.1", "--device", "cpu"]
+    assert run(*made) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was(runs, tmp_path, monkeypatch, capsys):

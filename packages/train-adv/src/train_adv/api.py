@@ -7,6 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ def fit(
         settings: any other key of `TrainConfig`, tables as mappings: `epochs=30, optimizer={"lr": 0.2}`.
 
     Returns:
-        An `Outcome`: `.model` (the best one), `.folder`, `.result`.
+        An `Outcome`: `.model` (the best one), `.folder`, `.result`; under torchrun the same in every process.
 
     Raises:
         UsageError: an unknown key (the nearest one is named), or anything that cannot be trained.
     """
     from expkit.config import flatten, load_config
-    from expkit.distributed import join
+    from expkit.distributed import join, leave
     from train_adv.training.config import TrainConfig
     from train_adv.training.run import Given, train
 
@@ -63,9 +64,12 @@ def fit(
         maker = model
     given = Given(data=None if isinstance(data, str) else data, model=maker)
     config = load_config(TrainConfig, None, flags)
-    outcome = train(config, Path(runs), join(), resume=resume, given=given)
-    assert outcome is not None, "only the main process of torchrun gets an outcome"
-    return outcome
+    joined = not (dist.is_available() and dist.is_initialized())  # a group of the caller's stays the caller's
+    try:
+        return train(config, Path(runs), join(), resume=resume, given=given)
+    finally:
+        if joined:
+            leave()
 
 
 def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu") -> Classifier:

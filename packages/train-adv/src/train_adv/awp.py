@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,12 +23,14 @@ class AWP:
     Args:
         model: whose weights.
         gamma: 0.005 (TRADES) to 0.01 (AT).
+        others: further networks that the loss runs in train mode (a teacher, a reference that learns): their weights
+            do not move, and the ascent leaves their statistics alone too.
     """
 
-    def __init__(self, model: nn.Module, gamma: float) -> None:
+    def __init__(self, model: nn.Module, gamma: float, others: Sequence[nn.Module] = ()) -> None:
         if gamma < 0:
             raise UsageError(f"awp.gamma is {gamma}; it must be 0 or more")
-        self.model, self.gamma = model, gamma
+        self.model, self.gamma, self.others = model, gamma, tuple(others)
 
     def direction(self, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
         """What is added to each weight, by name; the loss is computed once and its graph dropped."""
@@ -37,7 +39,7 @@ class AWP:
             for name, parameter in self.model.named_parameters()
             if parameter.requires_grad and parameter.ndim > 1
         }
-        with kept_statistics(self.model):
+        with kept_statistics(self.model, *self.others):
             gradients = torch.autograd.grad(loss(), list(moving.values()), allow_unused=True)
         return {
             name: self._scaled(parameter.detach(), all_reduce_mean(gradient.contiguous()))

@@ -57,6 +57,7 @@ def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Graph:
             function(*held)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads (a loader that pins memory, a progress bar) may call CUDA meanwhile: it is no fault of theirs.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output = function(*held)
     return _Graph(graph, held, output)

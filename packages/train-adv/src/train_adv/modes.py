@@ -67,9 +67,9 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def kept_statistics(model: nn.Module) -> Iterator[None]:
+def kept_statistics(*models: nn.Module) -> Iterator[None]:
     """Running statistics are afterwards what they were before, whatever forward passes in train mode did to them."""
-    buffers = running_statistics(model)
+    buffers = [buffer for model in models for buffer in running_statistics(model)]
     before = [buffer.clone() for buffer in buffers]
     try:
         yield

@@ -135,3 +135,29 @@ def test_three_classes_are_too_few_for_the_targeted_loss():
     images, _ = tiny_batch(4, classes=3)
     with pytest.raises(UsageError, match="4 classes"):
         apgd_targeted(APGD(0.1, 2), tiny_net(classes=3), images, torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 8, 8), 7.0), torch.full((2, 3, 8, 8), torch.nan)])
+def test_images_outside_the_box_are_refused(images):
+    with pytest.raises(UsageError, match=r"\[0, 1\]"):
+        APGD(0.1, 2)(tiny_net(), images, torch.zeros(2, dtype=torch.long))
+
+
+def test_l1_repeats_at_larger_radii_as_published(trained):
+    """Three runs, at 3, 2 and 1 epsilon; the loss reached is near that of the published three from the same noise."""
+    norm, epsilon = NORMS["L1"]
+    images, labels = tiny_batch(48, classes=6, seed=8)
+    labels = trained(images).argmax(1)
+    recorder = Recorder(trained)
+    ours = APGD(epsilon, 40, norm)
+    found = ours.search(recorder, ours.draw(images, torch.Generator().manual_seed(0)), images, labels, cross_entropy)
+    sizes = [float((point - images).abs().flatten(1).sum(1).max()) / epsilon for point in recorder.points]
+    assert len(sizes) == 13 + 13 + 17 and max(sizes[:13]) > 2.9 and 1.9 < max(sizes[13:26]) <= 2.001
+    assert max(sizes[26:]) <= 1.001
+    theirs = published("L1", epsilon, trained, 40, loss="ce", use_largereps=True)
+    theirs.init_hyperparam(images)
+    torch.manual_seed(0)
+    _, accuracy, value, _ = theirs.decr_eps_pgd(images, labels, [3 * epsilon, 2 * epsilon, epsilon], [12, 12, 16])
+    assert float(found.loss.mean()) >= 0.97 * float(value.mean())
+    assert float((~found.broken).float().mean()) <= float(accuracy.float().mean()) + 0.05
+    assert APGD(epsilon, 2, norm).search(trained, images, images, labels, cross_entropy).loss.isfinite().all()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from expkit.errors import UsageError
 from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks import losses
 from train_adv.attacks.norms import L2, Linf
@@ -124,3 +125,9 @@ def test_l2_attacks_use_their_whole_ball(trained):
     images = torch.full((4, 3, 8, 8), 0.5)
     found = PGD(0.5, 0.2, 10, norm=L2())(trained, images, torch.zeros(4, dtype=torch.long))
     assert torch.allclose((found - images).flatten(1).norm(dim=1), torch.full((4,), 0.5), atol=1e-3)
+
+
+@pytest.mark.parametrize("images", [torch.full((2, 3, 8, 8), 7.0), torch.full((2, 3, 8, 8), torch.nan)])
+def test_images_outside_the_box_are_refused(images):
+    with pytest.raises(UsageError, match=r"\[0, 1\]"):
+        PGD(0.1, 0.1, 1)(tiny_net(), images, torch.zeros(2, dtype=torch.long))

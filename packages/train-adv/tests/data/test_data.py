@@ -210,3 +210,73 @@ def test_unknown_data_is_said():
 def test_stream_seeds_differ_by_every_part():
     seeds = {stream_seed(a, b, c) for a in range(3) for b in ("x", "y") for c in range(3)}
     assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_download_killed_while_it_unpacks_is_not_there(tmp_path, monkeypatch):
+    source = tmp_path / "source" / "thing"
+    source.mkdir(parents=True)
+    for name in ("a", "b"):
+        (source / name).write_text(name)
+    packed = tmp_path / "thing.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(source, "thing")
+    archive = Archive("thing", packed.as_uri(), hashlib.md5(packed.read_bytes()).hexdigest())
+    real, done = tarfile.TarFile.extract, []
+
+    def dying(self, member, *arguments, **options):
+        if len(done) == 2:  # the folder and one file
+            raise KeyboardInterrupt
+        done.append(member)
+        return real(self, member, *arguments, **options)
+
+    def all_of(self, path, filter):
+        for member in self.getmembers():
+            self.extract(member, path, filter=filter)
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", dying)
+    monkeypatch.setattr(tarfile.TarFile, "extractall", all_of)
+    with pytest.raises(KeyboardInterrupt):
+        download(archive, tmp_path / "cache")
+    assert len(done) == 2 and not (tmp_path / "cache" / "thing").exists()
+    monkeypatch.undo()
+    assert sorted(path.name for path in download(archive, tmp_path / "cache").iterdir()) == ["a", "b"]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thing"]
+
+
+def test_a_half_unpacked_tiny_imagenet_is_refused(tmp_path):
+    (tmp_path / "train" / "n1" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn1\t0\t0\t1\t1\n")
+    with pytest.raises(UsageError, match=r"0 training and 0 validation images.*unpacked by half"):
+        published.read_tiny_imagenet(tmp_path, "refuse", (500, 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ("x,text,x,y", "whole numbers"),
+        ("x,below,x,y", "whole numbers"),
+        ("x,half,x,y", "whole numbers"),
+        ("x,table,x,y", "whole numbers"),
+        ("x,large,x,y", "largest label"),
+        ("none,nothing,x,y", "at least one"),
+        ("four,y,four,y", "3\\)"),
+        ("x,y,other,y", "must be alike"),
+        ("x,y,x,z", "no array 'z'"),
+    ],
+)
+def test_arrays_that_cannot_be_used_are_said(keys, said, tmp_path):
+    y = np.arange(8) % 2
+    images = np.zeros((8, 4, 4), np.uint8)
+    arrays = {"x": images, "y": y, "text": y.astype(str), "below": y - 1, "half": y + 0.5, "table": y[:, None]}
+    arrays |= {"large": y * 10**6, "none": images[:0], "nothing": y[:0], "other": images[:, :3]}
+    np.savez(tmp_path / "a.npz", four=np.zeros((8, 4, 4, 4), np.uint8), **arrays)
+    with pytest.raises(UsageError, match=said):
+        load_data(f"{tmp_path / 'a.npz'}#{keys}")
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b"", b"PK\x03\x04 cut off"])
+def test_a_file_that_is_no_npz_is_said(content, tmp_path):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="no npz file"):
+        load_data(f"{tmp_path / 'a.npz'}#x,y,x,y")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from expkit.errors import UsageError
 from tiny_models import tiny_batch, tiny_net
+from train_adv.attacks.apgd import APGD
 from train_adv.attacks.pgd import PGD
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.evaluation import evaluate as module
@@ -98,6 +99,37 @@ def test_autoattack_is_the_authors_own_and_agrees_with_apgd(checkpoint, tmp_path
     found = evaluate(path, data(), ["apgd", "autoattack"], settings, device=CPU, work=tmp_path, model=model)
     assert len(found["autoattack"]) == 8
     assert abs(int(found["apgd"][:8].sum()) - int(found["autoattack"].sum())) <= 1
+
+
+def test_both_candidates_of_an_attack_are_judged(checkpoint):
+    """The last wrong point may be wrong by rounding only: the point of the highest loss counts too."""
+    _, model = checkpoint
+    images, labels = tiny_batch(8, classes=5, seed=8)
+    labels = model(images).argmax(1)
+    attack = APGD(0.3, 10)
+    broken = attack(model, images, labels, generator=torch.Generator().manual_seed(0))
+    fell = model(broken).argmax(1) != labels
+    assert fell.any()
+    evaluator = Evaluator(model, 0.3, "Linf", 8, CPU)
+
+    def run(points, images, labels):
+        return torch.stack([broken, images])  # the last one is right again
+
+    standing = torch.ones(8, dtype=torch.bool)
+    left = evaluator._batched("made", run, attack.draw, images, labels, standing, torch.Generator().manual_seed(0))
+    assert torch.equal(left, ~fell)
+
+
+def test_other_images_of_the_same_name_share_no_answers(checkpoint, tmp_path):
+    path, model = checkpoint
+    one = data()
+    dark = replace(one, test=Resident(one.test.images // 9, one.test.labels))
+    found = [
+        evaluate(path, each, ["natural"], SETTINGS, device=CPU, work=tmp_path, model=model) for each in (one, dark)
+    ]
+    assert not torch.equal(found[0]["natural"], found[1]["natural"])
+    swapped = Resident(one.test.images, one.test.labels.flip(0))
+    assert len({split.fingerprint() for split in (one.test, dark.test, swapped)}) == 3
 
 
 def test_wilson_intervals_are_the_known_ones():

@@ -11,7 +11,7 @@ from torch import nn
 
 from expkit.errors import UsageError
 from tiny_models import tiny_batch, tiny_net
-from train_adv.topology.features import FeatureTap
+from train_adv.topology.features import FeatureTap, pooled
 from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.regularizer import TopologyRegularizer
 
@@ -140,3 +140,28 @@ def test_models_of_timm_and_torchvision_are_taken_as_they_are(library, name):
     value = topology(torch.rand(4, 3, 32, 32))
     value.backward()
     assert torch.isfinite(value)
+
+
+def test_a_co_trained_reference_trains_its_batch_norm_too():
+    reference = tiny_net(seed=2).eval()  # as `load` gives it
+    topology = TopologyRegularizer(tiny_net(seed=1), reference, kind="co-trained")
+    before = reference[1].running_mean.clone()
+    topology(*tiny_batch()).backward()
+    assert reference.training and not torch.equal(before, reference[1].running_mean)
+
+
+def test_the_warm_up_travels_in_the_state_and_asks_no_device():
+    settings = {"weight": 8.0, "warmup": 4}
+    one = TopologyRegularizer(tiny_net(), tiny_net(seed=2), **settings)
+    one.step()
+    two = TopologyRegularizer(tiny_net(), tiny_net(seed=3), **settings)
+    two.load_state_dict(one.state_dict())
+    assert two.current_weight() == 2.0 and isinstance(two.steps, int)
+    assert not any(name.endswith("steps") for name, _ in two.named_buffers())
+
+
+def test_pooled_features_of_a_named_layer_are_fp32_means():
+    features = torch.full((2, 3, 16, 16), 0.1, dtype=torch.bfloat16)
+    features[:, :, 0, 0] = 0.2
+    expected = features.double().mean((2, 3)).float()
+    assert torch.equal(pooled(features).float(), expected) and pooled(features.flatten(2)).dtype == torch.float32

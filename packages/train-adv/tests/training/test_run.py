@@ -22,6 +22,7 @@ from tiny_models import tiny_batch, tiny_net
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.models.checkpoint import figures_of
 from train_adv.topology.metrics import NEIGHBOURS
+from train_adv.training.trainer import Trainer
 
 SCRIPT = Path(__file__).with_name("killed.py")
 QUICK = {
@@ -108,6 +109,71 @@ def test_two_processes_train_as_one_run(tmp_path):
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["epochs"] == 3 and result["last"]["loss"] > 0
     assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == 3
+
+
+def test_every_process_gets_the_same_outcome(tmp_path):
+    """Initial weights, recomputed statistics, figures and decisions are the same, whoever drew and measured what."""
+    script = str(SCRIPT.with_name("ranks.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    result = first["result"]
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert round(result["last"]["val_natural"] * 41, 6) % 1 == 0  # every one of the 41 images counts once
+    stored = load_tensors(tmp_path / "run" / "best.safetensors")
+    assert {"natural", "pgd20"} <= result["best"].keys() and len(stored) > 10
+
+
+def test_validation_and_measurement_step_a_quarter_of_epsilon_in_fp32(tmp_path, monkeypatch):
+    from train_adv.training import run as module
+
+    seen, asked = [], set()
+    real = module.right_under_pgd
+
+    def watching(model, split, attack, **options):
+        def note(module, inputs, logits):
+            asked.add((logits.dtype, torch.is_autocast_enabled("cpu"), torch.backends.cudnn.allow_tf32))
+
+        seen.append((attack.step_size, attack.steps))
+        hook = model.register_forward_hook(note)
+        right = real(model, split, attack, **options)
+        hook.remove()
+        return right
+
+    monkeypatch.setattr(module, "right_under_pgd", watching)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    fit(tmp_path, epochs=1, dtype="bf16", attack={"epsilon": 0.2, "step_size": 0.15, "steps": 2})
+    assert seen == [(0.05, 2), (0.05, 20), (0.05, 20)]
+    assert asked == {(torch.float32, False, False)} and torch.backends.cudnn.allow_tf32
+
+
+def test_the_training_attack_moves_the_second_networks_statistics_once_a_step(tmp_path, monkeypatch):
+    """A co-trained reference is in train mode; neither AWP's ascent nor the measured norms count as its batches."""
+    kept = []
+    real = Trainer.__init__
+
+    def keeping(self, *arguments, **options):
+        real(self, *arguments, **options)
+        kept.append(self)
+
+    monkeypatch.setattr(Trainer, "__init__", keeping)
+    fit(
+        tmp_path,
+        host="lbgat",
+        epochs=1,
+        awp={"gamma": 0.005},
+        topology={"weight": 20.0, "reference": "co-trained", "reference_epochs": 1},
+    )
+    trainer = kept[-1]
+    steps = trainer.batches.steps
+    reference, teacher = trainer.topology.reference, trainer.host.teacher
+    trained_before = steps  # the reference's own training, one epoch of the same batches
+    assert int(teacher.backbone.trunk[1].num_batches_tracked) == steps
+    assert int(reference.backbone.trunk[1].num_batches_tracked) == trained_before + steps
+    assert int(trainer.model.backbone.trunk[1].num_batches_tracked) == 2 * steps  # attacked, and TRAIN's natural
 
 
 def test_the_standard_model_is_trained_first_and_used_again(tmp_path):

@@ -6,7 +6,8 @@ published code point for point (tests compare every point in fp32 against `pyaut
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from expkit.errors import UsageError
 from train_adv.attacks.gradient import ascend, logits_of
 from train_adv.attacks.losses import AttackLoss, cross_entropy, targeted_dlr
-from train_adv.attacks.norms import L2, Linf, Norm, check_epsilon, flat_norm, project_l1_box
+from train_adv.attacks.norms import L2, Linf, Norm, check_epsilon, check_images, flat_norm, project_l1_box
 from train_adv.modes import eval_mode, frozen_weights
 
 
@@ -28,6 +29,8 @@ class Result(NamedTuple):
         adversarial: the last misclassified point, else `best`'s start.
         broken: (batch,) whether there was one.
         loss: (batch,) highest loss.
+
+    An attack that ran in less than fp32 should have both points judged: the last one may be wrong by rounding only.
     """
 
     best: Tensor
@@ -38,7 +41,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class APGD:
-    """The attack; `run` is one run from given points, calling it does random starts and restarts.
+    """The attack; `search` attacks from given points, calling it does random starts and restarts.
 
     Attributes:
         epsilon: radius, for images in [0, 1].
@@ -60,19 +63,40 @@ class APGD:
             raise UsageError(f"steps {self.steps}, restarts {self.restarts}: needed at least 1")
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A start on the sphere (Linf: the largest coordinate is at epsilon), as published."""
+        """A start on the sphere (Linf: the largest coordinate is at epsilon; L1: that of `search`), as published."""
         if isinstance(self.norm, Linf):
             noise = torch.empty_like(images).uniform_(-1, 1, generator=generator)
             return (images + self.epsilon * noise / (flat_norm(noise, torch.inf) + 1e-12)).clamp(0, 1)
         noise = torch.empty_like(images).normal_(generator=generator)
         if isinstance(self.norm, L2):
             return (images + self.epsilon * self.norm.step(noise)).clamp(0, 1)
-        return (images + project_l1_box(noise, images, self.epsilon)).clamp(0, 1)
+        return (images + project_l1_box(noise, images, self._radii()[0][0])).clamp(0, 1)
+
+    def search(self, model: nn.Module, points: Tensor, images: Tensor, labels: Tensor, loss: AttackLoss) -> Result:
+        """From what `draw` gave: one run; for L1 the published three, at 3, 2 and 1 epsilon, each from the last's best.
+
+        The L1 ball is so small in high dimension that few points of it are near the best ones of a larger ball's.
+        """
+        if self.norm.name != "L1":
+            return self.run(model, points, images, labels, loss)
+        for epsilon, steps in self._radii():
+            stage = replace(self, epsilon=epsilon, steps=steps)
+            points = images + project_l1_box(points - images, images, epsilon)
+            result = stage.run(model, points, images, labels, loss, drawn=False)
+            points = result.best
+        return result
+
+    def _radii(self) -> list[tuple[float, int]]:
+        """Radius and steps of each of L1's runs."""
+        share = math.ceil(0.3 * self.steps)
+        if self.steps - 2 * share < 1:  # too few to be shared out
+            return [(self.epsilon, self.steps)]
+        return [(3 * self.epsilon, share), (2 * self.epsilon, share), (self.epsilon, self.steps - 2 * share)]
 
     def run(
         self, model: nn.Module, points: Tensor, images: Tensor, labels: Tensor, loss: AttackLoss, *, drawn: bool = True
     ) -> Result:
-        """One run from `points`. `drawn` says that they are a random start (L1 then begins with wide steps)."""
+        """One published run from `points`, at one radius. `drawn`: a random start (L1 then begins with wide steps)."""
         rule = _SparseRule(self, points, images, drawn) if self.norm.name == "L1" else _HalvingRule(self, images)
         gradient, values, logits = ascend(model, points, labels, loss)
         broken = logits.argmax(1) != labels
@@ -94,6 +118,7 @@ class APGD:
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Adversarial images where they were found, the natural ones elsewhere; always in eval mode."""
+        check_images(images)
         images = images.detach().float()
         with eval_mode(model), frozen_weights(model):
             found = images.clone()
@@ -104,7 +129,7 @@ class APGD:
                 if len(chosen) == 0:
                     break
                 start = self.draw(images[chosen], generator)
-                result = self.run(model, start, images[chosen], labels[chosen], loss)
+                result = self.search(model, start, images[chosen], labels[chosen], loss)
                 hit = chosen[result.broken]
                 found[hit] = result.adversarial[result.broken]
                 standing[hit] = False
@@ -129,6 +154,7 @@ def apgd_targeted(
     Raises:
         UsageError: a model of fewer than four classes, for which the loss is not defined.
     """
+    check_images(images)
     images = images.detach().float()
     with eval_mode(model), frozen_weights(model):
         found = images.clone()
@@ -145,7 +171,7 @@ def apgd_targeted(
                     return found
                 start = attack.draw(images[chosen], generator)
                 targets = ranking[chosen, -place]
-                result = attack.run(model, start, images[chosen], labels[chosen], targeted_dlr(targets))
+                result = attack.search(model, start, images[chosen], labels[chosen], targeted_dlr(targets))
                 hit = chosen[result.broken]
                 found[hit] = result.adversarial[result.broken]
                 standing[hit] = False

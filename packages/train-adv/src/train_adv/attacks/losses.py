@@ -27,6 +27,8 @@ def cw_margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """Difference of logits ratio (Croce & Hein 2020, eq. 6); needs three classes or more."""
+    if logits.shape[1] < 3:
+        raise UsageError(f"the loss dlr needs at least 3 classes, and the model has {logits.shape[1]}; use ce or cw")
     ordered, indices = logits.sort(dim=1)
     true = logits.gather(1, labels[:, None]).squeeze(1)
     rival = torch.where(indices[:, -1] == labels, ordered[:, -2], ordered[:, -1])

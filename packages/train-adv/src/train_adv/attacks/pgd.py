@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from expkit.errors import UsageError
 from train_adv.attacks.gradient import ascend, logits_of
 from train_adv.attacks.losses import AttackLoss, cross_entropy
-from train_adv.attacks.norms import Linf, Norm, check_epsilon
+from train_adv.attacks.norms import Linf, Norm, check_epsilon, check_images
 from train_adv.modes import eval_mode, frozen_weights
 
 Start = Literal["random", "gaussian", "none"]
@@ -80,6 +80,7 @@ class PGD:
             generator: of the starts, on the device of the images; the global one otherwise.
             targets: (batch,) classes to reach; a sample counts as broken once the model gives its target.
         """
+        check_images(images)
         images = images.detach().float()
         with eval_mode(model), frozen_weights(model):
             best = self.climb(model, self.draw(images, generator), images, labels, loss)

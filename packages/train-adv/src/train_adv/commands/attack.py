@@ -43,6 +43,7 @@ def run(
     from train_adv.images import find_images, grid, read_images, write_image
     from train_adv.models.checkpoint import load_model
 
+    options.check_outputs([json], [out])
     record = evidence(seed)
     where = resolve_device(device)
     classifier = load_model(model, where)

@@ -34,6 +34,7 @@ def run(
     from train_adv.attacks.norms import check_epsilon
     from train_adv.data.load import digits
 
+    options.check_outputs([json], [out])
     check_epsilon(epsilon, "Linf")
     proof = evidence(0)
     data = digits()

@@ -46,6 +46,7 @@ def run(
     from train_adv.evaluation import evaluate as evaluation
     from train_adv.topology.report import run_name
 
+    options.check_outputs([json, markdown], [work])
     record = evidence(seed)
     where = resolve_device(device)
     radius, kind = options.attack_of(epsilon, norm, checkpoints[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +28,19 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0 is all.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random start.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")]
+
+
+def check_outputs(files: Sequence[Path | None] = (), folders: Sequence[Path | None] = ()) -> None:
+    """UsageError for an output that could not be written at the end: a folder where a file is to be, or so."""
+    from expkit.errors import UsageError
+
+    for path in files:
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder; name a file to be written")
+    for path in [*(each.parent for each in files if each is not None), *(each for each in folders if each is not None)]:
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        if not there.is_dir():
+            raise UsageError(f"{there} is a file; a folder is needed there")
 
 
 def parse_number(text: str | None, name: str) -> float | None:

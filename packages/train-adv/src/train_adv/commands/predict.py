@@ -30,6 +30,7 @@ def run(
 
     if corrupt not in ("refuse", "skip"):
         raise UsageError(f"--corrupt is {corrupt!r}; use refuse or skip")
+    options.check_outputs([json])
     record = evidence()
     where = resolve_device(device)
     classifier = load_model(model, where)

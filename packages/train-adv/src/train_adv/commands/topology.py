@@ -27,6 +27,7 @@ def run(
     from expkit.rundir import evidence
     from train_adv.topology import report
 
+    options.check_outputs([json], [plots])
     record = evidence(seed)
     images = options.data_of(data, data_dir, checkpoints[0])
     standard = reference if reference is not None else reference_of(checkpoints[0])

@@ -46,6 +46,7 @@ def run(
     from expkit.distributed import join, leave
     from train_adv.training.config import TrainConfig
 
+    options.check_outputs([json], [runs])
     flags: dict[str, Any] = {
         "name": name,
         "data.name": data,
@@ -66,7 +67,8 @@ def run(
         "dtype": dtype,
     }
     overrides: dict[str, Any] = dict(options.parse_setting(text) for text in set_ or [])
-    settings = load_config(TrainConfig, config, {**overrides, **flags})
+    given = {key: value for key, value in flags.items() if value is not None}  # or they would hide --set
+    settings = load_config(TrainConfig, config, {**overrides, **given})
     if name is None and config is None and not resume:
         settings = _named(settings, runs)
 
@@ -77,7 +79,7 @@ def run(
         outcome = train(settings, runs, world, resume=resume)
     finally:
         leave()
-    if outcome is None:
+    if not world.is_main:
         return
     if json is not None:
         write_json(json, outcome.result)

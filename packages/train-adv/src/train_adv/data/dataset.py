@@ -32,6 +32,10 @@ class Split(Protocol):
         """The split that holds only these, in this order."""
         ...
 
+    def fingerprint(self) -> str:
+        """A hash that other images or labels do not have."""
+        ...
+
 
 @dataclass(frozen=True)
 class Resident:
@@ -54,6 +58,12 @@ class Resident:
     def select(self, indices: Tensor) -> Resident:
         indices = indices.to(self.images.device)
         return Resident(self.images[indices], self.labels[indices])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device) -> Resident:
         """The same on another device."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import tarfile
+import tempfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -35,7 +36,9 @@ class Archive:
 
 
 def folders(data_dir: Path | None) -> list[Path]:
-    """Where to look, in order."""
+    """Where to look, in order; UsageError for a folder that was named and is none."""
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise UsageError(f"the data folder {data_dir} does not exist")
     found = [] if data_dir is None else [Path(data_dir)]
     if os.environ.get("EXPKIT_DATA"):
         found.append(Path(os.environ["EXPKIT_DATA"]))
@@ -62,20 +65,37 @@ def locate(archive: Archive, data_dir: Path | None) -> Path:
 
 
 def download(archive: Archive, folder: Path) -> Path:
-    """Fetch, check, unpack below `folder`; nothing is left there unless all of it worked."""
+    """Fetch, check, unpack aside and move into `folder`: what has its name there is whole.
+
+    Raises:
+        UsageError: it cannot be fetched, is not what was published, or holds no such folder.
+    """
     print(f"fetching {archive.url}", file=sys.stderr)
-    target = folder / archive.name
-    with atomic_path(folder / Path(archive.url).name) as temporary:
-        _fetch(archive, temporary, [str(each) for each in folders(None)])
-        if temporary.suffix == ".zip":
-            with zipfile.ZipFile(temporary) as packed:
-                packed.extractall(folder)
-        elif temporary.name.endswith(".tar.gz"):
-            with tarfile.open(temporary) as packed_tar:
-                packed_tar.extractall(folder, filter="data")
-    if target.name != Path(archive.url).name:
-        (folder / Path(archive.url).name).unlink()  # unpacked: the archive is not needed any more
+    target, file = folder / archive.name, Path(archive.url).name
+    looked = [str(each) for each in folders(None)]
+    if archive.name == file:
+        with atomic_path(target) as temporary:
+            _fetch(archive, temporary, looked)
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".tmp-") as aside, atomic_path(target) as temporary:
+        packed = Path(aside) / file
+        _fetch(archive, packed, looked)
+        _unpack(packed, Path(aside) / "unpacked")
+        whole = Path(aside) / "unpacked" / archive.name
+        if not whole.is_dir():
+            raise UsageError(f"{archive.url} holds no folder {archive.name}")
+        whole.rename(temporary)
     return target
+
+
+def _unpack(packed: Path, folder: Path) -> None:
+    if packed.suffix == ".zip":
+        with zipfile.ZipFile(packed) as content:
+            content.extractall(folder)
+    else:
+        with tarfile.open(packed) as tar:
+            tar.extractall(folder, filter="data")
 
 
 def _fetch(archive: Archive, path: Path, looked: list[str]) -> None:

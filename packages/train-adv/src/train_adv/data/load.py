@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,20 +75,43 @@ def arrays(name: str) -> DataSet:
     wanted = keys.split(",")
     if len(wanted) != 4 or not Path(file).is_file():
         raise UsageError(f"{name!r}: expected an existing FILE.npz#train_x,train_y,test_x,test_y")
-    with np.load(file, allow_pickle=False) as content:
-        absent = [key for key in wanted if key not in content]
-        if absent:
-            raise UsageError(f"{file} has no array {absent[0]!r}; it has {', '.join(content.files)}")
-        parts = [content[key] for key in wanted]
+    parts = [_array(file, key) for key in wanted]
     splits = [_resident(file, parts[0], parts[1]), _resident(file, parts[2], parts[3])]
+    shapes = [tuple(split.images.shape[1:]) for split in splits]
+    if shapes[0] != shapes[1]:
+        raise UsageError(f"{file}: training images are {shapes[0]} and test images {shapes[1]}; they must be alike")
     count = int(max(split.labels.max() for split in splits)) + 1
+    if count > len(splits[0]):
+        raise UsageError(f"{file}: the largest label is {count - 1}, and there are {len(splits[0])} training images")
     padding = splits[0].images.shape[-1] // 8
     names = tuple(str(each) for each in range(count))
     return DataSet(name, names, splits[0], splits[1], Augment(padding, flip=False))
 
 
+def _array(file: str, key: str) -> np.ndarray:
+    """One array of an npz file; never unpickled."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            if key not in content:
+                raise UsageError(f"{file} has no array {key!r}; it has {', '.join(content.files)}")
+            return np.asarray(content[key])
+    except UsageError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise UsageError(f"{file} is no npz file of plain arrays") from None
+
+
 def _resident(file: str, images: np.ndarray, labels: np.ndarray) -> Resident:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != len(labels):
-        raise UsageError(f"{file}: images are {images.dtype} {images.shape} for {len(labels)} labels; expected uint8")
+    shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+    if images.dtype != np.uint8 or not shaped or 0 in images.shape:
+        raise UsageError(
+            f"{file}: images are {images.dtype} {images.shape}; expected uint8 (n, height, width) or "
+            "(n, height, width, 3), at least one"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise UsageError(
+            f"{file}: labels are {labels.dtype} {labels.shape} for {len(images)} images; expected whole numbers from 0 "
+            "on, one an image"
+        )
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return Resident(torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels.astype(np.int64)))

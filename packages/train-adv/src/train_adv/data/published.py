@@ -75,7 +75,7 @@ def svhn(data_dir: Path | None) -> DataSet:
 
 def tiny_imagenet(data_dir: Path | None, corrupt: CorruptPolicy = "refuse") -> DataSet:
     """100,000 and 10,000 images of 64x64 in 200 classes; the published validation split is the test split."""
-    return read_tiny_imagenet(locate(TINY, data_dir), corrupt)
+    return read_tiny_imagenet(locate(TINY, data_dir), corrupt, counts=(100_000, 10_000))
 
 
 def read_cifar10(folder: Path, checksums: Mapping[str, str]) -> DataSet:
@@ -108,11 +108,15 @@ def read_svhn(path: Path) -> Resident:
     return Resident(tensor, torch.from_numpy(labels.astype(np.int64).reshape(-1) % 10))
 
 
-def read_tiny_imagenet(folder: Path, corrupt: CorruptPolicy) -> DataSet:
-    """train/WNID/images/*.JPEG and val/images/* with val/val_annotations.txt."""
+def read_tiny_imagenet(folder: Path, corrupt: CorruptPolicy, counts: tuple[int, int] | None = None) -> DataSet:
+    """train/WNID/images/*.JPEG and val/images/* with val/val_annotations.txt.
+
+    Raises:
+        UsageError: not the unpacked data, or other `counts` of images than were published: unpacked by half.
+    """
     annotations = folder / "val" / "val_annotations.txt"
-    if not annotations.is_file():
-        raise UsageError(f"{annotations} does not exist; {folder} is not the unpacked Tiny ImageNet")
+    if not annotations.is_file() or not (folder / "train").is_dir():
+        raise UsageError(f"{annotations} or folder train does not exist; {folder} is not the unpacked Tiny ImageNet")
     classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
     index = {name: number for number, name in enumerate(classes)}
     train = [
@@ -120,6 +124,12 @@ def read_tiny_imagenet(folder: Path, corrupt: CorruptPolicy) -> DataSet:
     ]
     rows = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
     test = [(folder / "val" / "images" / row[0], index[row[1]]) for row in rows]
+    there = (len(train), sum(path.is_file() for path, _ in test))
+    if counts is not None and there != counts:
+        raise UsageError(
+            f"{folder} has {there[0]:,} training and {there[1]:,} validation images, and {counts[0]:,} and "
+            f"{counts[1]:,} were published: it was unpacked by half; remove it, or unpack it again"
+        )
     words = folder / "words.txt"
     names = dict(line.split("\t")[:2] for line in words.read_text("utf-8").splitlines()) if words.is_file() else {}
     splits = [decode_all(each, size=64, channels=3, corrupt=corrupt) for each in (train, test)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from expkit.device import autocast
 from expkit.errors import UsageError
-from train_adv.attacks.apgd import APGD
+from train_adv.attacks.apgd import APGD, Result
 from train_adv.attacks.gradient import logits_of
 from train_adv.attacks.losses import cross_entropy, cw_margin, targeted_dlr
 from train_adv.attacks.norms import make_norm
@@ -24,6 +24,7 @@ from train_adv.attacks.pgd import PGD, fgsm
 from train_adv.data.dataset import stream_seed
 from train_adv.graphs import Captured
 from train_adv.modes import attack_twin
+from train_adv.precision import tf32
 
 NAMES = ("natural", "fgsm", "pgd20", "pgd100", "cw", "apgd-ce", "apgd-t", "apgd", "autoattack")
 DEFAULT = ("natural", "fgsm", "pgd20", "cw", "apgd")
@@ -89,7 +90,7 @@ class Evaluator:
 
             def climb(points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
                 with self._precision():
-                    return attack.climb(self._fast, points, images, labels, loss)
+                    return attack.climb(self._fast, points, images, labels, loss)[None]
 
             return [lambda x, y, s, g: self._batched(name, climb, attack.draw, x, y, s, g)]
         if name == "natural":
@@ -106,7 +107,7 @@ class Evaluator:
 
         def run(points: Tensor, images: Tensor, labels: Tensor) -> Tensor:
             with self._precision():
-                return attack.run(self._fast, points, images, labels, cross_entropy).adversarial
+                return _candidates(attack.search(self._fast, points, images, labels, cross_entropy))
 
         return self._batched("apgd-ce", run, attack.draw, images, labels, standing, generator)
 
@@ -119,7 +120,7 @@ class Evaluator:
 
         def run(points: Tensor, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
             with self._precision():
-                return attack.run(self._fast, points, images, labels, targeted_dlr(targets)).adversarial
+                return _candidates(attack.search(self._fast, points, images, labels, targeted_dlr(targets)))
 
         for place in range(2, min(9, classes - 1) + 2):
             standing = self._batched(
@@ -138,15 +139,19 @@ class Evaluator:
         generator: torch.Generator,
         *more: Tensor,
     ) -> Tensor:
-        """Attack what still stands, in batches of one size (the last is filled up), and see in fp32 what fell."""
+        """Attack what still stands, in batches of one size (the last is filled up), and see in fp32 what fell.
+
+        `run` gives candidates (k, batch, ...): an image stands if it is classified rightly at all of them.
+        """
         captured = self._runs.setdefault(name, Captured(run, self.compiled and self.device.type == "cuda"))
         standing = standing.clone()
         left = standing.nonzero().squeeze(1)
         for chosen in torch.split(left, self.size) if len(left) else ():
             filled = chosen[torch.arange(min(self.size, len(images)), device=chosen.device) % len(chosen)]
             inputs = [images[filled], labels[filled], *(each[filled] for each in more)]
-            found = captured(draw(inputs[0], generator), *inputs)[: len(chosen)]
-            standing[chosen] = self._right(found, labels[chosen])
+            found = captured(draw(inputs[0], generator), *inputs)[:, : len(chosen)]
+            for points in found:
+                standing[chosen] &= self._right(points, labels[chosen])
         return standing
 
     def _autoattack(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
@@ -163,7 +168,7 @@ class Evaluator:
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         # Its code views gradients as flat rows, which channels-last images would not allow.
-        with _tf32(False):
+        with tf32(False):
             found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
         return standing & self._right(found, labels)
 
@@ -175,24 +180,15 @@ class Evaluator:
 
     @torch.no_grad()
     def _logits(self, images: Tensor) -> Tensor:
-        with _tf32(False):  # torch's own default for convolutions is TF32
+        with tf32(False):  # torch's own default for convolutions is TF32
             return logits_of(self.model, images)
 
     def _precision(self) -> AbstractContextManager[None]:
         if self.dtype != torch.float32:
             return autocast(self.device, self.dtype)
-        return _tf32(self.tf32)
+        return tf32(self.tf32)
 
 
-class _tf32(AbstractContextManager[None]):
-    """Whether convolutions and products inside are in TF32 on a GPU; as it was afterwards."""
-
-    def __init__(self, on: bool) -> None:
-        self.on = on
-
-    def __enter__(self) -> None:
-        self.before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.on
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
+def _candidates(result: Result) -> Tensor:
+    """The point of the highest loss and the last one that was wrong, (2, batch, ...): either may be wrong in fp32."""
+    return torch.stack([result.best, result.adversarial])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import train_adv
 from expkit.cli import progress
 from expkit.errors import UsageError
 from train_adv.attacks.norms import check_epsilon, make_norm
@@ -79,11 +80,14 @@ def evaluate(
     unknown = [name for name in attacks if name not in NAMES]
     if unknown:
         raise UsageError(f"unknown attack {unknown[0]!r}; use some of {', '.join(NAMES)}")
+    if not attacks:
+        raise UsageError(f"no attack is named; use some of {', '.join(NAMES)}")
+    require_classes(attacks, len(data.class_names))
     path = find_model(checkpoint)
     if model is None:
         model = load_model(path, device)
     require_fit(model, data, path)
-    key = {**asdict(settings), "data": data.name}
+    key = {**asdict(settings), "data": data.name, "images": data.test.fingerprint(), "version": train_adv.__version__}
     for name in ("limit", "autoattack_limit"):
         del key[name]  # chunks are the same whatever the limit, but for the last one, which is checked below
     store = AnswerStore(work if work is not None else path.parent / "eval", path, key)
@@ -139,6 +143,13 @@ def require_fit(model: Classifier, data: DataSet, path: Path) -> None:
             f"{path} knows {len(spec.class_names)} classes of {spec.image_shape[0]}-channel images, and {data.name} "
             f"has {len(data.class_names)} of {data.image_shape[0]}"
         )
+
+
+def require_classes(attacks: Sequence[str], classes: int) -> None:
+    """Raise UsageError where an attack's targeted loss is not defined for so few classes."""
+    for name in attacks:
+        if name in ("apgd-t", "apgd", "autoattack") and classes < 4:
+            raise UsageError(f"{name} needs at least 4 classes, and there are {classes}; use apgd-ce, cw or pgd100")
 
 
 def row(name: str, answers: dict[str, Tensor], data: DataSet) -> dict[str, Any]:

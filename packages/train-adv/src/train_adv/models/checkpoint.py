@@ -35,7 +35,7 @@ def load_model(path: Path, device: str | torch.device = "cpu", model: nn.Module 
     """
     path = find_model(path)
     metadata = read_metadata(path)
-    if metadata.get("format") != _KEY:
+    if metadata.get("format") != _KEY or "model" not in metadata:
         raise UsageError(f"{path} is not a train-adv checkpoint: its metadata names no model")
     spec = ModelSpec.from_json(metadata["model"])
     built = Classifier(model, spec) if model is not None else build(spec)

@@ -49,8 +49,15 @@ class ModelSpec:
         try:
             values: dict[str, Any] = json.loads(text)
             plain: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-            return cls(**plain)
-        except (ValueError, TypeError) as error:
+            spec = cls(**plain)
+            channels, *sides = spec.image_shape
+            shapes = len(sides) == 2 and len(spec.mean) == len(spec.std) == channels
+            texts = all(isinstance(each, str) for each in (spec.name, spec.feature_layer, *spec.class_names))
+            if not shapes or not texts or not isinstance(spec.class_names, tuple):
+                raise ValueError("shapes or types that do not fit together")
+            torch.tensor([*spec.mean, *spec.std, *spec.image_shape])  # all numbers
+            return spec
+        except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"the checkpoint's description of its model is damaged ({error})") from None
 
 

@@ -14,6 +14,17 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
 
 
+def average_pool(x: Tensor) -> Tensor:
+    """Mean over space, (batch, channels, height, width) -> (batch, channels), in fp32 whatever the model runs in."""
+    return torch.flatten(F.adaptive_avg_pool2d(x.float(), 1), 1)
+
+
+def classified(linear: nn.Linear, features: Tensor) -> Tensor:
+    """Logits of pooled features, which are fp32 also where the weights are not."""
+    logits: Tensor = linear(features.to(linear.weight.dtype))
+    return logits
+
+
 class BasicBlock(nn.Module):
     """conv-norm-relu-conv-norm, plus the shortcut, then relu."""
 
@@ -86,12 +97,11 @@ class ResNet(nn.Module):
         x = self.blocks(x)
         if self.preact:
             x = F.relu(self.norm(x))
-        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return average_pool(x)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of pooled features."""
-        logits: Tensor = self.linear(features)
-        return logits
+        return classified(self.linear, features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_adv.models.resnet import conv3x3
+from train_adv.models.resnet import average_pool, classified, conv3x3
 
 
 class SmallCNN(nn.Module):
@@ -29,12 +27,11 @@ class SmallCNN(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Pooled features (batch, 4 * width) of normalised images."""
-        return torch.flatten(F.adaptive_avg_pool2d(self.trunk(x), 1), 1)
+        return average_pool(self.trunk(x))
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of pooled features."""
-        logits: Tensor = self.linear(features)
-        return logits
+        return classified(self.linear, features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))

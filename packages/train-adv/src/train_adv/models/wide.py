@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train_adv.models.resnet import PreActBlock, conv3x3
+from train_adv.models.resnet import PreActBlock, average_pool, classified, conv3x3
 
 
 class WideResNet(nn.Module):
@@ -35,12 +34,11 @@ class WideResNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         """Pooled features (batch, 64 * width) of normalised images."""
         x = F.relu(self.norm(self.blocks(self.conv1(x))))
-        return torch.flatten(F.adaptive_avg_pool2d(x, 1), 1)
+        return average_pool(x)
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits (batch, classes) of pooled features."""
-        logits: Tensor = self.linear(features)
-        return logits
+        return classified(self.linear, features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(self.features(x))

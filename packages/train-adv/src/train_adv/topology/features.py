@@ -81,15 +81,15 @@ def feature_reader(model: nn.Module, layer: str = "auto") -> tuple[Callable[[Ten
 
 
 def pooled(output: Any) -> Tensor:
-    """(batch, dim) from (batch, channels, height, width), (batch, tokens, dim) or (batch, dim)."""
+    """(batch, dim) from (batch, channels, height, width), (batch, tokens, dim) or (batch, dim); means are in fp32."""
     if isinstance(output, tuple):
         output = output[0]
     if not isinstance(output, Tensor) or not 2 <= output.ndim <= 4:
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"features are {shape}; expected a tensor of 2 to 4 dimensions")
     if output.ndim == 4:
-        return output.mean(dim=(2, 3))
-    return output.mean(dim=1) if output.ndim == 3 else output
+        return output.float().mean(dim=(2, 3))
+    return output.float().mean(dim=1) if output.ndim == 3 else output
 
 
 def classifier_of(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ L_topo = (1/B) sum_i sum_{j != i} p log(p/q). The abstract gives the idea; kerne
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -108,7 +109,7 @@ class TopologyLoss(nn.Module):
             return divergence(log_p, log_q, mask)
         if self.direction == "reverse":
             return divergence(log_q, log_p, mask)
-        log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, device=log_p.device))
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
         return (divergence(log_p, log_m, mask) + divergence(log_q, log_m, mask)) / 2
 
     def _reduce(self, rows: Tensor, columns: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class TopologyRegularizer(nn.Module):
 
     Attributes:
         weight: lambda after warm-up; may be changed at any time.
+        steps: calls of `step` so far; in `state_dict`.
         read_model, read_reference: functions from images to features; may be replaced by compiled ones.
         last: figures of the latest call and calibration: "topology" (unweighted), "weight", and, after `calibrate`,
             "norm_host" and "norm_topology".
@@ -47,8 +48,6 @@ class TopologyRegularizer(nn.Module):
     Raises:
         UsageError: an unknown kind or layer, no reference, or settings out of range.
     """
-
-    steps: Tensor
 
     def __init__(
         self,
@@ -77,10 +76,12 @@ class TopologyRegularizer(nn.Module):
             reference = deepcopy(model)
         self.loss = loss if loss is not None else TopologyLoss()
         self.reference = reference
-        if kind != "co-trained":
+        if kind == "co-trained":
+            self.reference.train()  # it learns, its BatchNorm too
+        else:
             self.reference.requires_grad_(False).eval()
         self.weight, self.kind, self.decay, self.warmup, self.statistics = weight, kind, decay, warmup, statistics
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.steps = 0
         self.last: dict[str, Tensor | float] = {}
         self._model = (model,)  # in a tuple, so that it does not become a submodule
         self.read_model, self._tap = feature_reader(model, layer)
@@ -97,7 +98,7 @@ class TopologyRegularizer(nn.Module):
         """lambda now, warm-up included."""
         if self.warmup == 0:
             return self.weight
-        return self.weight * min(1.0, int(self.steps) / self.warmup)
+        return self.weight * min(1.0, self.steps / self.warmup)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """lambda * L_topo of natural images, through a natural forward of the model of its own.
@@ -151,7 +152,7 @@ class TopologyRegularizer(nn.Module):
         asking = list(parameters)
         with natural_statistics(model, "dual"):
             features = self.read_model(images)
-        with torch.no_grad(), eval_mode(self.reference):
+        with torch.no_grad(), eval_mode(self.reference):  # eval mode: its statistics must not move
             reference = self.read_reference(images)
         topology = float(gradient_norm(self.loss(features, reference), asking))
         host = float(gradient_norm(host_loss, asking, keep=True))
@@ -170,6 +171,14 @@ class TopologyRegularizer(nn.Module):
                     own.lerp_(new.to(own.dtype), 1 - self.decay)
                 else:
                     own.copy_(new)
+
+    def get_extra_state(self) -> Tensor:
+        """The number of steps, for `state_dict`; it is a plain number otherwise, which no device is asked for."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """What `get_extra_state` gave."""
+        self.steps = int(state)
 
     def remove(self) -> None:
         """Take the hooks off both models."""

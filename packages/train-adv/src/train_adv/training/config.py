@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,12 @@ class DataConfig:
     flip: bool | None = None
     workers: int = 4
 
+    def __post_init__(self) -> None:
+        numbers = {"limit": self.limit, "resident_gib": self.resident_gib, "workers": self.workers}
+        for name, value in {**numbers, "padding": self.padding or 0}.items():
+            _require(value >= 0, f"data.{name} is {value}; it must be 0 or more")
+        _require(self.image_size >= 1, f"data.image_size is {self.image_size}; it must be 1 or more")
+
 
 @dataclass(frozen=True)
 class AttackConfig:
@@ -64,6 +71,8 @@ class AttackConfig:
     def __post_init__(self) -> None:
         if self.epsilon is not None:
             check_epsilon(self.epsilon, self.norm)
+        if self.step_size is not None:
+            _require(0 <= self.step_size < inf, f"attack.step_size is {self.step_size}; it must be 0 or more")
         _require(self.steps >= 1, f"attack.steps is {self.steps}; it must be 1 or more")
 
 
@@ -105,7 +114,13 @@ class TopologyConfig:
     reduction: Reduction = "row"
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0 and self.ratio >= 0, "topology.weight and topology.ratio must be 0 or more")
+        for name in ("weight", "ratio", "warmup", "reference_epochs", "neighbours"):
+            value = getattr(self, name)
+            _require(0 <= value < inf, f"topology.{name} is {value}; it must be 0 or more")
+        _require(0 < self.temperature < inf, f"topology.temperature is {self.temperature}; it must be above 0")
+        _require(1 <= self.perplexity < inf, f"topology.perplexity is {self.perplexity}; it must be 1 or more")
+        _require(0 <= self.decay <= 1, f"topology.decay is {self.decay}; it must be in [0, 1]")
+        _require(not (self.metrics and self.reference == "ema"), "topology.metrics need a standard model; ema has none")
         _require(not (self.weight and self.ratio), "give topology.weight or topology.ratio, not both")
         _require(self.reduction != "none", 'topology.reduction "none" gives no loss')
 
@@ -133,6 +148,7 @@ class AWPConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.gamma < 1, f"awp.gamma is {self.gamma}; it must be in [0, 1)")
+        _require(0 <= self.warmup < inf, f"awp.warmup is {self.warmup}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,8 @@ class AveragingConfig:
 
     def __post_init__(self) -> None:
         _require(0 < self.decay < 1, f"averaging.decay is {self.decay}; it must be between 0 and 1")
+        _require(0 <= self.start < 1, f"averaging.start is {self.start}; it must be in [0, 1)")
+        _require(self.batches >= 1, f"averaging.batches is {self.batches}; it must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -182,8 +200,15 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 < self.lr < inf, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; it must be in [0, 1)")
+        _require(not self.nesterov or self.momentum > 0, "optimizer.nesterov needs an optimizer.momentum above 0")
+        for name in ("weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(0 <= value < inf, f"optimizer.{name} is {value}; it must be 0 or more")
         _require(0 < self.peak < 1, f"optimizer.peak is {self.peak}; it must be between 0 and 1")
+        fractions = all(0 <= each <= 1 for each in self.milestones)
+        _require(fractions, f"optimizer.milestones are {self.milestones}; they are fractions of the run, in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -205,6 +230,7 @@ class ValidationConfig:
     test: bool = True
 
     def __post_init__(self) -> None:
+        _require(0 < self.fraction < 1, f"validation.fraction is {self.fraction}; it must be between 0 and 1")
         _require(min(self.every, self.batch_size, self.steps) >= 1, "validation settings must be 1 or more")
 
 
@@ -223,6 +249,11 @@ class GuardConfig:
     drop: float = 0.5
     decline: float = 0.02
     patience: int = 3
+
+    def __post_init__(self) -> None:
+        _require(0 < self.drop <= 1, f"guard.drop is {self.drop}; it must be in (0, 1]")
+        _require(0 <= self.decline <= 1, f"guard.decline is {self.decline}; it must be in [0, 1]")
+        _require(self.patience >= 1, f"guard.patience is {self.patience}; it must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -271,7 +302,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1 and self.log_every >= 1, "epochs and log_every must be 1 or more")
         _require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a batch of 1 has no neighbours")
-        _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be 0 or more, below 2**63")
+        _require(self.checkpoint_every >= 0, f"checkpoint_every is {self.checkpoint_every}; it must be 0 or more")
+        _require(self.beta is None or 0 <= self.beta < inf, f"beta is {self.beta}; it must be 0 or more")
+        single = self.host in ("fgsm-rs", "n-fgsm")
+        _require(not single or self.attack.norm == "Linf", f"host {self.host} is defined for Linf only")
 
     def resolved(self) -> TrainConfig:
         """The same with what was left out filled in, as far as it depends on the data's name."""

@@ -1,4 +1,7 @@
-"""Accuracies and features of a split, batch by batch; the last batch is filled up so that all have one shape."""
+"""Accuracies and features of a split, batch by batch; the last batch is filled up so that all have one shape.
+
+Whatever the training's precision, all of it is fp32 (without TF32), in eval mode.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from expkit.device import autocast
 from train_adv.attacks.gradient import logits_of
 from train_adv.attacks.pgd import PGD
 from train_adv.data.batches import to_float
 from train_adv.data.dataset import Split, stream_seed
 from train_adv.models.classifier import Classifier
+from train_adv.modes import eval_mode
+from train_adv.precision import tf32
 
 Perturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
@@ -36,14 +40,13 @@ def right_answers(
     *,
     size: int,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
     perturb: Perturb | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Boolean (n,), on the CPU: which images, perturbed if asked for, a model in eval mode classifies rightly."""
+    """Boolean (n,), on the CPU: which images, perturbed if asked for, the model classifies rightly."""
     found = []
-    for number, (images, labels, count) in enumerate(batches_of(split, size, device)):
-        with autocast(device, dtype):
+    with eval_mode(model), tf32(False):
+        for number, (images, labels, count) in enumerate(batches_of(split, size, device)):
             if perturb is not None:
                 generator = torch.Generator(device).manual_seed(stream_seed(seed, "measure", number))
                 images = perturb(images, labels, generator)
@@ -51,32 +54,24 @@ def right_answers(
     return torch.cat(found).cpu()
 
 
-def pgd_accuracy(
-    model: Classifier,
-    split: Split,
-    attack: PGD,
-    *,
-    size: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> float:
-    """Accuracy under PGD on the cross-entropy."""
+def right_under_pgd(
+    model: Classifier, split: Split, attack: PGD, *, size: int, device: torch.device, seed: int = 0
+) -> Tensor:
+    """Boolean (n,), on the CPU: which images withstand PGD on the cross-entropy."""
 
     def perturb(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return attack(model, images, labels, generator=generator)
 
-    right = right_answers(model, split, size=size, device=device, dtype=dtype, perturb=perturb, seed=seed)
-    return float(right.float().mean())
+    return right_answers(model, split, size=size, device=device, perturb=perturb, seed=seed)
 
 
 @torch.no_grad()
-def features_of(
-    model: Classifier, split: Split, *, size: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def features_of(model: Classifier, split: Split, *, size: int, device: torch.device) -> Tensor:
     """Pooled features (n, dim), fp32, of natural images."""
-    found = []
-    for images, _, count in batches_of(split, size, device):
-        with autocast(device, dtype):
-            found.append(model.with_features(images).features[:count].float())
-    return torch.cat(found)
+    with eval_mode(model), tf32(False):
+        return torch.cat(
+            [
+                model.with_features(images).features[:count].float()
+                for images, _, count in batches_of(split, size, device)
+            ]
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from expkit.checkpoint import CheckpointStore, load_tensors, write_json
 from expkit.cli import console, progress
-from expkit.device import peak_memory, resolve_device, resolve_dtype, synchronize
+from expkit.device import peak_memory, synchronize
 from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
@@ -27,13 +28,15 @@ from train_adv.hosts.make import make_host
 from train_adv.models.build import build
 from train_adv.models.checkpoint import load_model, load_weights, save_model
 from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.precision import training_precision
 from train_adv.topology import metrics
 from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import resolve_engine
 from train_adv.training.config import DataConfig, TopologyConfig, TrainConfig
 from train_adv.training.detect import catastrophic_overfitting, robust_overfitting
-from train_adv.training.measure import features_of, pgd_accuracy, right_answers
+from train_adv.training.measure import features_of, right_answers, right_under_pgd
+from train_adv.training.reduce import average_statistics, broadcast, of_main, total
 from train_adv.training.trainer import Trainer
 
 REFERENCE = "reference"  # folder of the standard model's own run, inside the run's
@@ -69,8 +72,10 @@ class Given:
 
 def train(
     config: TrainConfig, runs: Path, world: World, *, resume: bool = False, given: Given | None = None
-) -> Outcome | None:
-    """Train, validate, keep the best and the last, report both on the test split; other processes return None.
+) -> Outcome:
+    """Train, validate, keep the best and the last, report both on the test split; every process gets the outcome.
+
+    Processes of one run see one folder of runs: the main one writes there, all of them read references there.
 
     Raises:
         UsageError: see `RunDir.create`; data, model or reference that cannot be used; a loss that is no number.
@@ -78,12 +83,13 @@ def train(
     given = given if given is not None else Given()
     config = config.resolved()
     record = evidence(config.seed)
-    device, dtype = _device_and_dtype(config)
+    device, dtype = training_precision(config.device, config.dtype, deterministic=config.deterministic)
     data = given.data if given.data is not None else read_data(config.data)
     spec = describe(config, data, given)
     folder = runs / config.name
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
+    begun = resume
     try:
         reference = _reference(config, folder, spec, world, resume=resume, given=Given(data, given.model))
         job = _Job(config, data, spec, given, reference, device, dtype, world, run, folder)
@@ -91,12 +97,16 @@ def train(
             checkpoint = CheckpointStore(folder / "checkpoints").latest()
             if checkpoint is not None:
                 job.trainer.restore(checkpoint.tensors, checkpoint.state)
+        begun = True
         job.fit()
+    except UsageError:
+        if run is not None and not begun and not (folder / REFERENCE).exists():
+            shutil.rmtree(folder, ignore_errors=True)  # nothing came of it, and its name shall stay free
+        raise
     finally:
         if run is not None:
             run.metrics.close()
-    barrier()
-    return job.finish(record) if run is not None else None
+    return job.finish(record)
 
 
 def read_data(config: DataConfig) -> DataSet:
@@ -118,22 +128,11 @@ def read_data(config: DataConfig) -> DataSet:
 
 def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
     """What the checkpoint will say about the model."""
+    if len(data.class_names) < 2:
+        raise UsageError(f"{data.name} has {len(data.class_names)} class; a classifier needs at least 2")
     mean, std = channel_statistics(data.train)
     name = "custom" if given.model is not None else str(config.model)
     return ModelSpec(name, data.class_names, data.image_shape, mean, std, "auto")
-
-
-def _device_and_dtype(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
-    device = resolve_device(config.device)
-    name = config.dtype
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and resolve_dtype("auto", device) == torch.bfloat16 else "fp32"
-    dtype = resolve_dtype(name, device)
-    if dtype == torch.float16:
-        raise UsageError("training in float16 would need loss scaling and is not supported; use dtype bf16 or fp32")
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.backends.cudnn.deterministic = config.deterministic
-    return device, dtype
 
 
 def _fresh(spec: ModelSpec, given: Given) -> Classifier:
@@ -192,6 +191,7 @@ class _Job:
     ) -> None:
         self.config, self.data, self.device, self.dtype = config, data, device, dtype
         self.world, self.run, self.folder, self.spec, self.given = world, run, folder, spec, given
+        self.reference: Classifier | None = None
         training, held = hold_out(data.train, config.validation.fraction, config.seed)
         self.held = held.to(device) if isinstance(held, Resident) else held
         self.batches = Batches(
@@ -205,23 +205,23 @@ class _Job:
         )
         seed_everything(config.seed)
         model = _fresh(spec, given)
-        attack = self._attack(config.attack.steps)
+        settings = config.attack
+        assert settings.epsilon is not None and settings.step_size is not None  # resolved
+        attack = PGD(settings.epsilon, settings.step_size, settings.steps, make_norm(settings.norm))
         teacher = replace(spec, name=config.teacher) if config.teacher is not None else spec
         host = make_host(config.host, attack, config.beta, lambda: _fresh(teacher, given))
-        model = model.to(device)
-        topology = self._topology(model, reference)
+        model, host = model.to(device), host.to(device)
+        if reference is not None:
+            self.reference = reference.to(device).to(memory_format=torch.channels_last).eval()
+        # A function that makes the network may draw other weights in every process, and files may differ.
+        broadcast([model, host, *([self.reference] if self.reference is not None else [])], world)
+        topology = self._topology(model)
         engine = resolve_engine(config.engine, device)
-        self.reference = reference.to(device).eval() if reference is not None else None
         self.trainer = Trainer(
             config, model, host, topology, self.batches, device=device, dtype=dtype, engine=engine, world=world
         )
 
-    def _attack(self, steps: int) -> PGD:
-        settings = self.config.attack
-        assert settings.epsilon is not None and settings.step_size is not None  # resolved
-        return PGD(settings.epsilon, settings.step_size, steps, make_norm(settings.norm))
-
-    def _topology(self, model: Classifier, reference: Classifier | None) -> TopologyRegularizer | None:
+    def _topology(self, model: Classifier) -> TopologyRegularizer | None:
         settings = self.config.topology
         if not settings.active:
             return None
@@ -236,7 +236,7 @@ class _Job:
         )
         return TopologyRegularizer(
             model,
-            reference.to(self.device) if reference is not None else None,
+            self.reference,
             weight=settings.weight,
             loss=loss,
             kind=settings.reference,
@@ -290,16 +290,18 @@ class _Job:
         self._save()
 
     def _validate(self, figures: dict[str, float]) -> None:
-        """Every process does it, on the same weights, and comes to the same figures."""
+        """Every process measures its share of the images; figures, and so decisions, are the same on all of them."""
         trainer, config = self.trainer, self.config
         average = trainer.average
         if average is not None and average.updates and config.averaging.statistics == "recompute":
             average.refresh(trainer.adversarial_batches(config.averaging.batches))
-        model = trainer.deliverable.eval()
+            if self.world.size > 1:  # each had other batches
+                average_statistics([average.model])
+        model = trainer.deliverable
         figures.update(self._accuracies(model, self.held, config.validation.steps, "val"))
         if config.topology.metrics and self.reference is not None:
             figures.update(self._topology_metrics(model))
-        model.train(model is trainer.model)
+        figures = of_main(figures, self.world)
         now = trainer.progress
         now.history.append({"epoch": float(now.epoch), **figures})
         score = figures["val_natural"] if config.host == "standard" else figures["val_pgd"]
@@ -315,20 +317,24 @@ class _Job:
                     now.stopped = warning
 
     def _accuracies(self, model: Classifier, split: Split, steps: int, prefix: str) -> dict[str, float]:
-        size = self.config.validation.batch_size
-        natural = right_answers(model, split, size=size, device=self.device, dtype=self.dtype)
-        robust = pgd_accuracy(
-            model, split, self._attack(steps), size=size, device=self.device, dtype=self.dtype, seed=self.config.seed
-        )
-        return {f"{prefix}_natural": float(natural.float().mean()), f"{prefix}_pgd": robust}
+        """Natural and PGD accuracy. PGD's step is a quarter of epsilon, whatever the training attack's is."""
+        settings, world, seed = self.config.attack, self.world, self.config.seed
+        assert settings.epsilon is not None  # resolved
+        attack = PGD(settings.epsilon, settings.epsilon / 4, steps, make_norm(settings.norm))
+        own = split.select(torch.arange(world.rank, len(split), world.size)) if world.size > 1 else split
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if len(own):
+            size = self.config.validation.batch_size
+            natural = right_answers(model, own, size=size, device=self.device)
+            robust = right_under_pgd(model, own, attack, size=size, device=self.device, seed=seed + world.rank)
+            counts += torch.stack([natural.sum(), robust.sum()]).to(counts)
+        right, standing = (total(counts, world) / len(split)).tolist()
+        return {f"{prefix}_natural": right, f"{prefix}_pgd": standing}
 
     def _topology_metrics(self, model: Classifier) -> dict[str, float]:
         assert self.reference is not None
         size = self.config.validation.batch_size
-        own, other = (
-            features_of(each, self.held, size=size, device=self.device, dtype=self.dtype)
-            for each in (model, self.reference)
-        )
+        own, other = (features_of(each, self.held, size=size, device=self.device) for each in (model, self.reference))
         return {f"topology_{name}": value for name, value in metrics.measure(own, other).items()}
 
     def _keep(self, name: str, figures: dict[str, float]) -> None:
@@ -338,23 +344,22 @@ class _Job:
         save_model(self.folder / f"{name}.safetensors", self.trainer.deliverable, about)
 
     def _save(self) -> None:
+        state = self.trainer.state()
         if self.run is None:
             return
         progress = self.trainer.progress
         step = progress.epoch * self.batches.steps + progress.number
-        self.run.checkpoints.save(step, self.trainer.tensors(), self.trainer.state())
+        self.run.checkpoints.save(step, self.trainer.tensors(), state)
 
     def finish(self, record: dict[str, Any]) -> Outcome:
         """Write `last.safetensors` and `result.json`, with both models measured on the test split."""
-        assert self.run is not None
         config, now = self.config, self.trainer.progress
         self._keep("last", now.history[-1])
         chosen = {"best": now.best_epoch, "last": now.epoch}
         report: dict[str, Any] = {}
         model = self.trainer.deliverable
         for name, epoch in chosen.items():
-            load_weights(model, load_tensors(self.folder / f"{name}.safetensors"), name)
-            model.eval()
+            self._load(model, name)
             entry = next(each for each in now.history if each["epoch"] == epoch)
             report[name] = dict(entry)
             if config.validation.test:
@@ -377,6 +382,14 @@ class _Job:
             "peak_memory_bytes": peak_memory(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        write_json(self.folder / "result.json", result)
-        load_weights(model, load_tensors(self.folder / "best.safetensors"), "best")
+        result = of_main(result, self.world)
+        if self.run is not None:
+            write_json(self.folder / "result.json", result)
+        self._load(model, "best")
+        barrier()  # none goes on to read what the main one still writes
         return Outcome(self.folder, result, model.eval())
+
+    def _load(self, model: Classifier, name: str) -> None:
+        if self.run is not None:
+            load_weights(model, load_tensors(self.folder / f"{name}.safetensors"), name)
+        broadcast([model], self.world)

@@ -24,12 +24,12 @@ from train_adv.data.batches import Batches
 from train_adv.data.dataset import stream_seed
 from train_adv.hosts.host import Host, HostLoss
 from train_adv.models.classifier import Classifier, Output
-from train_adv.modes import natural_statistics
+from train_adv.modes import kept_statistics, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
 from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import Climber, Engine
 from train_adv.training.config import TrainConfig
-from train_adv.training.reduce import average_gradients, average_statistics
+from train_adv.training.reduce import average_gradients, average_statistics, total
 from train_adv.training.schedule import learning_rate
 
 
@@ -87,7 +87,7 @@ class Trainer:
     ) -> None:
         self.config, self.batches, self.device, self.dtype, self.world = config, batches, device, dtype, world
         self.model = model.to(device).to(memory_format=torch.channels_last)
-        self.host, self.topology = host.to(device), topology
+        self.host, self.topology = host.to(device).to(memory_format=torch.channels_last), topology
         self.forward: Callable[[Tensor], Output] = self.model.with_features
         if engine != "eager":
             self.forward = torch.compile(self.model.with_features, dynamic=False)
@@ -96,7 +96,7 @@ class Trainer:
                 compiled: Callable[[Tensor], Output] = torch.compile(reference.with_features, dynamic=False)
                 topology.read_reference = lambda images: compiled(images).features
         self.climber = Climber(host, self.model, engine, device, dtype)
-        self.awp = AWP(self.model, config.awp.gamma) if config.awp.gamma > 0 else None
+        self.awp = AWP(self.model, config.awp.gamma, self._learning()[1:]) if config.awp.gamma > 0 else None
         averaging = config.averaging
         self.average = None
         if averaging.kind != "none":
@@ -123,8 +123,8 @@ class Trainer:
     def epoch(self) -> Iterator[int]:
         """Train to the end of the present epoch; yields the number of each step done."""
         progress = self.progress
-        self.model.train()
-        self.host.train()
+        for module in self._learning():
+            module.train()
         for images, labels in self.batches.epoch(progress.epoch, progress.number):
             self._step(images.contiguous(memory_format=torch.channels_last), labels)
             progress.number += 1
@@ -139,9 +139,7 @@ class Trainer:
 
     def take_sums(self) -> dict[str, float]:
         """Means since the last call, over all processes."""
-        if self.world.size > 1:
-            torch.distributed.all_reduce(self._sums)
-        loss, right, samples, topology, _ = self._sums.tolist()
+        loss, right, samples, topology, _ = total(self._sums, self.world).tolist()
         self._sums.zero_()
         figures = {"loss": loss / max(samples, 1), "train_robust": right / max(samples, 1)}
         if self.topology is not None and self.config.topology.active:
@@ -172,13 +170,13 @@ class Trainer:
         }
 
     def state(self) -> dict[str, Any]:
-        """Everything else, for a checkpoint."""
+        """Everything else, for a checkpoint. Every process must call it: sums are those of all."""
         topology = self.topology
         return {
             "progress": {**vars(self.progress), "history": [dict(entry) for entry in self.progress.history]},
             "optimizer": self.optimizer.state_dict(),
             "rng": capture_rng(),
-            "sums": self._sums.cpu(),
+            "sums": total(self._sums.clone(), self.world).cpu(),
             "updates": self.average.updates if self.average is not None else 0,
             "topology": {} if topology is None else self._topology_state(topology),
         }
@@ -191,7 +189,7 @@ class Trainer:
             self.average.updates = state["updates"]
         if self.topology is not None:
             self.topology.weight = state["topology"]["weight"]
-            self.topology.steps.fill_(state["topology"]["steps"])
+            self.topology.steps = state["topology"]["steps"]
             self.topology.last.update(state["topology"]["norms"])
             if self.topology.kind != "frozen":
                 parts["reference"] = self.topology.reference
@@ -200,7 +198,7 @@ class Trainer:
             module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
-        self._sums.copy_(state["sums"])
+        self._sums.copy_(state["sums"] if self.world.is_main else torch.zeros_like(state["sums"]))
         restore_rng(state["rng"])
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
@@ -253,11 +251,11 @@ class Trainer:
         topology, settings = self.topology, self.config.topology
         assert topology is not None
         parameters = list(self.model.parameters())
-        with natural_statistics(self.model, "dual"), autocast(self.device, self.dtype):
+        with kept_statistics(*self._learning()), autocast(self.device, self.dtype):
             # A forward for each: compiled graphs can be walked once only.
             host = float(gradient_norm(self.host.loss(self.forward, images, adversarial, labels).total, parameters))
             with torch.no_grad():
-                reference = topology.read_reference(images)
+                reference, _ = topology.reference_features(images, labels)
             other = float(gradient_norm(topology.loss(self.forward(images).features, reference), parameters))
         topology.last.update(norm_host=host, norm_topology=other)
         if settings.ratio > 0:
@@ -295,8 +293,8 @@ class Trainer:
         return learning
 
     def require_finite(self) -> None:
-        """UsageError when a loss since the epoch began was not a number."""
-        if float(self._sums[4]) == 0:
+        """UsageError, on every process, when a loss of one of them was not a number since the epoch began."""
+        if float(total(self._sums[4].clone(), self.world)) == 0:
             return
         config, progress = self.config, self.progress
         weight = f", topology weight {self.topology.current_weight():g}" if self.topology is not None else ""
@@ -308,7 +306,7 @@ class Trainer:
 
     def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
         norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}
-        return {"weight": topology.weight, "steps": int(topology.steps), "norms": norms}
+        return {"weight": topology.weight, "steps": topology.steps, "norms": norms}
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         seed = stream_seed(self.config.seed, purpose, self.progress.epoch, number, self.world.rank)

@@ -1,0 +1,241 @@
+"""What the study trains, what each arm costs on paper, and how that is cut into leases. No torch: it plans at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
+PARTS = ("speed", "standard", "lambda", "beta", "main", "epsilons", "everything", "long")
+JUDGED = ("natural", "pgd20", "apgd")
+LEASE_START = 60.0  # seconds: unpacking the data, importing, the first kernels
+STANDARD = 75.0  # the standard model that a bare machine trains again, compiling included
+ARM_START = 60.0  # compiling and recording
+VALIDATION = 1.5
+EVALUATION = 110.0  # natural, PGD-20 and APGD-CE + T on 10,000 images
+AUTOATTACK = 180.0  # on 1,000
+# Seconds an epoch at batch 512 on paper, until the part `speed` has measured them; TRAIN's share and AWP's on top.
+PACE = {"standard": 0.9, "at": 7.0, "trades": 7.7, "mart": 7.5}
+TRAIN_SHARE = {"standard": 1.3, "at": 1.18, "trades": 1.06, "mart": 1.06}
+AWP_SHARE, SMALL_BATCH_SHARE = 1.2, 1.15
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training and its evaluation.
+
+    Attributes:
+        tuning: trained without, and judged on, a tenth of the training images, so that nothing is chosen on the test
+            images (see `study.tuning_split`).
+        attacks: on the last checkpoint, and on the best one where that is of another epoch; none: only timed.
+        final: on the last checkpoint besides.
+        reference: whether it needs the standard model of its seed (for TRAIN, or for the metrics of topology).
+        both: judge the best checkpoint too.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    base: str = BASE
+    attacks: tuple[str, ...] = JUDGED
+    final: tuple[str, ...] = ()
+    tuning: bool = False
+    reference: bool = True
+    both: bool = True
+
+    @property
+    def host(self) -> str:
+        return str(self.settings["host"])
+
+    @property
+    def epochs(self) -> int:
+        return int(self.settings.get("epochs", 100 if self.base == LONG else 30))
+
+    @property
+    def kind(self) -> tuple[str, bool, bool, int]:
+        """What decides the seconds of an epoch: host, TRAIN, AWP, batch."""
+        settings = self.settings
+        train = settings.get("topology.weight", 0) > 0 or bool(settings.get("topology.control"))
+        batch = int(settings.get("batch_size", 128 if self.base == LONG else 512))
+        return self.host, train, "awp.gamma" in settings, batch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Kernel and lambda of TRAIN for one host."""
+
+    kernel: str
+    weight: float
+
+    def settings(self) -> dict[str, Any]:
+        return {"topology.kernel": self.kernel, "topology.weight": self.weight}
+
+
+def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
+    """The arms of every part; `at` is for MART too."""
+    short = {"epochs": 15, "validation.every": 5, "topology.metrics": False}
+    scales = {"cosine": (10.0, 30.0, 100.0, 300.0), "softmax-cosine": (0.1, 0.3, 1.0, 3.0)}
+    aa = ("autoattack",)
+    long = {"validation.every": 2}
+    return {
+        "speed": [
+            Arm(f"speed-{host}{'+train' if weight else ''}-{size}", _speed(host, weight, size), attacks=())
+            for size in (512, 128)
+            for host, weight in (("at", 0.0), ("at", 100.0), ("trades", 0.0), ("trades", 100.0))
+        ],
+        "standard": [standard(tuning=False)],
+        "lambda": [
+            Arm(f"tune-{host}-{name}-{weight:g}", {"host": host, **Choice(name, weight).settings(), **short},
+                tuning=True, both=False)
+            for host in ("at", "trades")
+            for name, weights in scales.items()
+            for weight in weights
+        ],
+        "beta": [
+            Arm("tune-at", {"host": "at", **short}, tuning=True, reference=False, both=False),
+            *(
+                Arm(f"tune-trades-beta-{beta:g}", {"host": "trades", "beta": beta, **short},
+                    tuning=True, reference=False, both=False)
+                for beta in (1.0, 2.0, 3.0, 6.0, 9.0)
+            ),
+        ],
+        "main": [
+            Arm("at", {"host": "at"}, final=aa),
+            Arm("at+train", {"host": "at", **at.settings()}, final=aa),
+            Arm("trades", {"host": "trades"}, final=aa),
+            Arm("trades+train", {"host": "trades", **trades.settings()}, final=aa),
+            Arm("at-control", {"host": "at", "topology.control": True}),
+            Arm("mart", {"host": "mart"}, final=aa),
+            Arm("mart+train", {"host": "mart", **at.settings()}, final=aa),
+        ],
+        "epsilons": [
+            Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,
+                                    "attack.step_size": max(each, 1) / 4 / 255, "epochs": 15},
+                attacks=("natural", "pgd20"), both=False)
+            for each in (0, 2, 4, 8)
+        ],
+        "everything": [
+            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at.settings()}, final=aa),
+            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades.settings()}, final=aa),
+        ],
+        "long": [
+            Arm("long-at", {"host": "at", **long}, LONG, final=aa),
+            Arm("long-at+train", {"host": "at", **at.settings(), **long}, LONG, final=aa),
+            Arm("long-trades", {"host": "trades", **long}, LONG, final=aa),
+            Arm("long-trades+train", {"host": "trades", **trades.settings(), **long}, LONG, final=aa),
+        ],
+    }  # fmt: skip
+
+
+def standard(*, tuning: bool) -> Arm:
+    """The standard model. Deterministic, so that every lease trains the very same one and none need be carried."""
+    settings = {"host": "standard", "averaging.kind": "none", "deterministic": True, "validation.every": 10}
+    name = "tune-standard" if tuning else "standard"
+    return Arm(name, settings, attacks=("natural", "pgd20"), tuning=tuning, reference=False, both=False)
+
+
+def _speed(host: str, weight: float, size: int) -> dict[str, Any]:
+    """Three epochs without validation in between; the first one compiles and does not count."""
+    return {
+        "host": host, "batch_size": size, "epochs": 3, "topology.weight": weight, "topology.reference_epochs": 1,
+        "validation.every": 3, "averaging.kind": "ema", "optimizer.lr": 0.05,
+    }  # fmt: skip
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """Every arm's JSON in OUT, by name."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-[0-9]*.json"))]
+    return [each for each in found if "arm" in each]
+
+
+def is_done(out: Path, arm: Arm, seed: int) -> bool:
+    """Whether the arm has all its figures."""
+    path = out / f"{arm.name}-{seed}.json"
+    return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")).get("complete"))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that were measured, where they were; those on paper elsewhere.
+
+    Attributes:
+        paces: seconds an epoch of a kind of arm.
+        evaluation: of `JUDGED` on 10,000 images.
+        autoattack: on 1,000.
+    """
+
+    paces: dict[tuple[str, bool, bool, int], float] = field(default_factory=dict)
+    evaluation: float = EVALUATION
+    autoattack: float = AUTOATTACK
+
+    @classmethod
+    def measured(cls, results: Sequence[dict[str, Any]], arms: Sequence[Arm]) -> Costs:
+        """From the arms that have their JSON; the longest evaluation counts."""
+        by_name = {arm.name: arm for arm in arms}
+        paces, whole, auto = {}, [], []
+        for each in results:
+            arm = by_name.get(each["arm"])
+            if arm is None:
+                continue
+            if each.get("seconds_per_epoch_after_the_first"):
+                paces[arm.kind] = float(each["seconds_per_epoch_after_the_first"])
+            seconds = each.get("judge_seconds", {})
+            if arm.attacks == JUDGED and not arm.tuning:
+                whole += [seconds[which] for which in ("last", "best") if which in seconds]
+            auto += [seconds["autoattack"]] if "autoattack" in seconds else []
+        return cls(paces, max(whole, default=EVALUATION), max(auto, default=AUTOATTACK))
+
+    def of(self, arm: Arm) -> float:
+        """Seconds that an arm takes, its evaluation included."""
+        host, train, awp, batch = arm.kind
+        pace = self.paces.get(arm.kind)
+        if pace is None:
+            pace = PACE[host] * (TRAIN_SHARE[host] if train else 1) * (AWP_SHARE if awp else 1)
+            pace *= SMALL_BATCH_SHARE if batch < 512 else 1
+        if not arm.attacks:
+            return ARM_START + arm.epochs * pace + (20 if train else 0)
+        validations = arm.epochs / int(arm.settings.get("validation.every", 1))
+        judged = self.evaluation * (0.5 if arm.tuning else 1) * (0.25 if "apgd" not in arm.attacks else 1)
+        judged *= 2 if arm.both else 1
+        return ARM_START + arm.epochs * pace + VALIDATION * validations + judged + self.autoattack * len(arm.final)
+
+
+@dataclass(frozen=True)
+class Job:
+    """An arm with a seed, and its seconds on paper."""
+
+    arm: Arm
+    seed: int
+    seconds: float
+
+
+def leases(jobs: Sequence[Job], seconds: float) -> Iterator[list[Job]]:
+    """Jobs packed first-fit, in order, into leases of so many seconds; what fits none stands alone."""
+    left = list(jobs)
+    while left:
+        taken: list[Job] = []
+        for job in left:
+            if cost([*taken, job]) <= seconds or not taken:
+                taken.append(job)
+        yield taken
+        left = [job for job in left if job not in taken]
+
+
+def cost(jobs: Sequence[Job]) -> float:
+    """Seconds of a lease that does these jobs: its start, the standard models that they need, and themselves."""
+    standards = {(job.seed, job.arm.tuning) for job in jobs if job.arm.reference and job.arm.attacks}
+    return LEASE_START + STANDARD * len(standards) + sum(job.seconds for job in jobs)
+
+
+def plan(jobs: Sequence[Job], minutes: float) -> str:
+    """The leases that are left, as text."""
+    lines = [f"{len(jobs)} arms are left"]
+    for number, lease in enumerate(leases(jobs, 60 * minutes), start=1):
+        whole = cost(lease) / 60
+        warning = f"  DOES NOT FIT {minutes:g} min" if whole > minutes else ""
+        lines.append(f"lease {number}: {whole:.1f} min{warning}")
+        lines += [f"    {job.arm.name}-{job.seed}: {job.seconds / 60:.1f} min" for job in lease]
+    total = sum(cost(lease) for lease in leases(jobs, 60 * minutes)) / 60
+    return "\n".join([*lines, f"in all {total:.0f} min"])

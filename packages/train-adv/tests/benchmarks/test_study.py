@@ -1,0 +1,141 @@
+"""The study: what is chosen is chosen on training images, leases fit, and what was done is not done again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import study
+    import study_arms
+    import study_report
+
+    return study, study_arms, study_report
+
+
+@pytest.fixture
+def start(modules):
+    _, arms, report = modules
+    return arms.parts(report.START["at"], report.START["trades"])
+
+
+def test_sweeps_see_no_test_image(modules):
+    study, _, _ = modules
+    from train_adv.data.load import digits
+
+    data = digits()
+    cut, again = study.tuning_split(data), study.tuning_split(data)
+
+    def bags(split):
+        return {image.numpy().tobytes() for image in split.images}
+
+    assert torch.equal(cut.test.images, again.test.images)
+    assert len(cut.train) + len(cut.test) == len(data.train) and len(cut.test) == round(0.1 * len(data.train))
+    assert not bags(cut.test) & bags(data.test) and not bags(cut.test) & bags(cut.train)
+    assert bags(cut.test) <= bags(data.train)
+
+
+def test_every_sweep_is_judged_on_held_out_training_images_and_nothing_else_is(start):
+    for part, arms in start.items():
+        assert all(arm.tuning == (part in ("lambda", "beta")) for arm in arms), part
+
+
+def result(arm: str, natural: float, apgd: float, weight: float = 0.0, kernel: str = "cosine") -> dict:
+    figures = {"natural": {"accuracy": natural}, "apgd": {"accuracy": apgd}}
+    config = {"topology.weight": weight, "topology.kernel": kernel}
+    return {"arm": arm, "evaluation": {"last": figures}, "config": config}
+
+
+def test_the_choice_is_the_most_natural_that_costs_no_robustness(modules):
+    _, _, report = modules
+    results = [
+        result("tune-at", 0.80, 0.480),
+        result("tune-at-cosine-100", 0.83, 0.479, 100.0),
+        result("tune-at-cosine-300", 0.86, 0.470, 300.0),
+        result("tune-at-softmax-cosine-0.1", 0.82, 0.482, 0.1, "softmax-cosine"),
+        result("at+train", 0.99, 0.99, 7.0),  # judged on test images: must not be looked at
+    ]
+    assert report.choose(results, "at") == report.Choice("cosine", 100.0)
+    assert report.choose(results[:1], "at") == report.START["at"]
+    assert report.choose([results[0], results[2]], "at") == report.Choice("cosine", 300.0)
+
+
+def test_leases_fit_and_hold_every_arm_once(modules, start):
+    _, arms, _ = modules
+    jobs = [arms.Job(arm, 0, arms.Costs().of(arm)) for part in start.values() for arm in part]
+    found = list(arms.leases(jobs, 24 * 60))
+    assert sorted(id(job) for lease in found for job in lease) == sorted(id(job) for job in jobs)
+    assert all(arms.cost(lease) <= 24 * 60 or len(lease) == 1 for lease in found)
+    text = arms.plan(jobs, 24)
+    assert f"lease {len(found)}:" in text and f"{len(jobs)} arms" in text
+    slow = {arm.kind: 200.0 for arm in start["long"]}
+    assert "DOES NOT FIT" in arms.plan([arms.Job(start["long"][0], 0, arms.Costs(slow).of(start["long"][0]))], 24)
+
+
+def test_measured_seconds_replace_those_on_paper(modules, start):
+    _, arms, _ = modules
+    speed = next(arm for arm in start["speed"] if arm.name == "speed-at-512")
+    at = next(arm for arm in start["main"] if arm.name == "at")
+    known = [
+        {"arm": speed.name, "seconds_per_epoch_after_the_first": 2.0},
+        {"arm": at.name, "judge_seconds": {"last": 30.0, "autoattack": 80.0}},
+    ]
+    costs = arms.Costs.measured(known, [speed, at])
+    saved = 30 * (arms.PACE["at"] - 2.0) + 2 * (arms.EVALUATION - 30) + arms.AUTOATTACK - 80
+    assert arms.Costs().of(at) - costs.of(at) == pytest.approx(saved)
+
+
+def test_answers_survive_packing(modules):
+    _, _, report = modules
+    for count in (0, 1, 7, 8, 103):
+        right = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.5
+        assert torch.equal(report.unpack(report.pack(right)), right)
+
+
+@pytest.mark.slow
+def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeypatch, capsys):
+    study, _, _ = modules
+    quick = {"data.name": '"digits"', "model": '"small-cnn"', "engine": '"eager"', "dtype": '"fp32"', "epochs": "1",
+             "data.limit": "400", "attack.steps": "1", "batch_size": "64", "validation.fraction": "0.2",
+             "validation.every": "1"}  # fmt: skip
+    options = [word for key, value in quick.items() for word in ("--set", f"{key}={value}")]
+    only = "tune-at-cosine-100,at-control"
+    arguments = ["study.py", "run", "lambda", "main", "--seeds", "0", "--only", only, "--limit", "6", *options]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
+    assert study.main() == 0
+    tuned, control = (json.loads((tmp_path / "o" / f"{name}-0.json").read_text()) for name in only.split(","))
+    assert tuned["judged_on"] == "6 held-out training images" and control["judged_on"] == "6 test images"
+    assert tuned["training"]["data"] == "digits-tuning" and tuned["complete"] and len(tuned["reference"]) == 64
+    assert tuned["reference"] != control["reference"]  # the sweep's standard model has not seen these images either
+    assert "best" not in control["evaluation"] and {"natural", "pgd20", "apgd"} == control["answers"]["last"].keys()
+    capsys.readouterr()
+    assert study.main() == 0
+    assert "0 arms are left" in capsys.readouterr().out
+    (tmp_path / "o" / "at-control-0.json").unlink()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes", "0"])
+    assert study.main() == 0
+    assert "time is up with 1 arms left" in capsys.readouterr().out
+
+
+def test_missing_libraries_are_said_before_anything_is_trained(modules, start, monkeypatch):
+    study, arms, _ = modules
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(study.UsageError, match="sklearn, scipy, pyautoattack"):
+        study.require_libraries([arms.Job(start["main"][0], 0, 1.0)])
+
+
+def test_a_part_that_is_none_is_said(modules, monkeypatch, capsys):
+    study, _, _ = modules
+    monkeypatch.setattr(sys, "argv", ["study.py", "plan", "lamda"])
+    with pytest.raises(SystemExit):
+        study.parse()
+    assert "lamda" in capsys.readouterr().err
