@@ -194,7 +194,7 @@ def test_crop_flip_moves_images_and_pixel_labels_alike():
     assert set(steps.tolist()) == {1.0, -1.0}
 
 
-def refused(spec: str, said: str, folder: Path) -> None:
+def assert_refused(spec: str, said: str, folder: Path) -> None:
     with pytest.raises(UsageError) as error:
         pden_load(spec, folder)
     assert said in str(error.value) and "\n" not in str(error.value)
@@ -212,14 +212,14 @@ def test_damaged_arrays_are_refused_whether_named_or_found(name, tmp_path):
         np.save(tmp_path / name, np.zeros(3))
     else:
         (tmp_path / name).write_bytes(whole.read_bytes()[: 60 if name == "cut.npz" else -200])
-    refused(f"{tmp_path / name}#usps_test_x,usps_test_y", name, tmp_path)
+    assert_refused(f"{tmp_path / name}#usps_test_x,usps_test_y", name, tmp_path)
     if name == "digits.npz":
-        refused("usps", "digits.npz cannot be read as .npz", tmp_path)
+        assert_refused("usps", "digits.npz cannot be read as .npz", tmp_path)
 
 
 def test_a_label_that_is_an_accident_is_refused_before_it_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros((2, 16, 16), dtype=np.uint8), y=np.array([0, 10**12]))
-    refused(f"{tmp_path / 'a.npz'}#x,y", "label 1000000000000 is out of range", tmp_path)
+    assert_refused(f"{tmp_path / 'a.npz'}#x,y", "label 1000000000000 is out of range", tmp_path)
 
 
 def png(path: Path, array: np.ndarray) -> bytes:
@@ -240,13 +240,13 @@ def test_damaged_images_are_refused_by_name(damage, tmp_path):
         "text": b"no picture",
     }
     file.write_bytes(broken[damage])
-    refused(str(tmp_path / "d"), "0.png is not a readable image", tmp_path)
+    assert_refused(str(tmp_path / "d"), "0.png is not a readable image", tmp_path)
 
 
 def test_an_image_of_absurd_size_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     png(tmp_path / "d" / "a" / "0.png", np.zeros((40, 40), dtype=np.uint8))
-    refused(str(tmp_path / "d"), "is not a readable image", tmp_path)
+    assert_refused(str(tmp_path / "d"), "is not a readable image", tmp_path)
 
 
 def test_sixteen_bit_grey_keeps_its_shades(tmp_path):
