@@ -102,7 +102,7 @@ def read_svhn(path: Path) -> Resident:
     try:
         content = loadmat(path)
         images, labels = content["X"], content["y"]
-    except (MatReadError, ValueError, KeyError, OSError) as error:
+    except (MatReadError, ValueError, TypeError, KeyError, OSError) as error:  # TypeError by older scipy
         raise UsageError(f"{path} is not one of SVHN's cropped .mat files ({error})") from None
     tensor = torch.from_numpy(np.ascontiguousarray(images.transpose(3, 2, 0, 1)))
     return Resident(tensor, torch.from_numpy(labels.astype(np.int64).reshape(-1) % 10))
