@@ -58,7 +58,7 @@ CSRA = [
     ("target", 1.0, 0.2),
     ("previous", 1.0, 0.07),
 ]
-# the first of each is the preset
+# routers: the first of each is the preset
 GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 32), (1, 0, 4)
 SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
 ROWS = {"smollm2": 49_152, "gemma3": 262_144}

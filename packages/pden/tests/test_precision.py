@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from expkit.device import tf32
 from pden.evaluation.accuracy import evaluate
-from pden.precision import tf32
 from pden.training.gate import measure
 from pden.training.stream import Stream
 from tiny_domains import finish, tiny_domain, tiny_trainer

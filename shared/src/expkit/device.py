@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -145,3 +146,18 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: reset the peak RSS (man 5 proc)
     except OSError:
         return
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Whether products and convolutions of fp32 tensors inside are in TF32 on a GPU; as it was afterwards.
+
+    Torch's own default for convolutions is TF32, so what is measured says `tf32(False)`.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = (cudnn.allow_tf32, matmul.allow_tf32)
+    cudnn.allow_tf32 = matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before

@@ -1,28 +1,11 @@
-"""On what and in which precision a run computes, and whether a GPU's fp32 may be TF32 for the length of a block."""
+"""On what and in which precision a run computes."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from expkit.device import resolve_device, resolve_dtype
 from expkit.errors import UsageError
-
-
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Whether convolutions and products inside are in TF32 on a GPU; as it was afterwards.
-
-    torch's own default for convolutions is TF32, so what is measured says `tf32(False)`.
-    """
-    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def training_precision(device_name: str, dtype_name: str, *, deterministic: bool) -> tuple[torch.device, torch.dtype]:

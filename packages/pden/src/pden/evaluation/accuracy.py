@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expkit.device import tf32
 from pden.data.domain import Domain
 from pden.losses.safety import IGNORED
 from pden.models import TaskModel
-from pden.precision import tf32
 
 _CHUNK = 512
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expkit.device import tf32
 from pden.generators import Generator
 from pden.losses import diversity
 from pden.losses.safety import IGNORED
 from pden.models import TaskModel
-from pden.precision import tf32
 from pden.training.config import GateConfig
 from pden.training.stream import Stream
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from expkit.device import autocast, synchronize
+from expkit.device import autocast, synchronize, tf32
 from expkit.distributed import World, gather
 from expkit.errors import UsageError
 from pden.baselines import build_baseline
@@ -29,7 +29,6 @@ from pden.data.augment import crop_flip
 from pden.evaluation.accuracy import evaluate
 from pden.generators import Generator, default_width
 from pden.models import TaskModel, build_model
-from pden.precision import tf32
 from pden.training.averaging import new_average
 from pden.training.clock import Best, Clock
 from pden.training.config import OptimizerConfig, TrainConfig

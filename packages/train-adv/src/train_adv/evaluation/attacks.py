@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from expkit.device import autocast
+from expkit.device import autocast, tf32
 from expkit.errors import UsageError
 from train_adv.attacks.apgd import APGD, Result
 from train_adv.attacks.gradient import logits_of
@@ -24,7 +24,6 @@ from train_adv.attacks.pgd import PGD, fgsm
 from train_adv.data.dataset import stream_seed
 from train_adv.graphs import Captured
 from train_adv.modes import attack_twin
-from train_adv.precision import tf32
 
 NAMES = ("natural", "fgsm", "pgd20", "pgd100", "cw", "apgd-ce", "apgd-t", "apgd", "autoattack")
 DEFAULT = ("natural", "fgsm", "pgd20", "cw", "apgd")

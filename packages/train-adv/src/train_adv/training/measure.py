@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from expkit.device import tf32
 from train_adv.attacks.gradient import logits_of
 from train_adv.attacks.pgd import PGD
 from train_adv.data.batches import to_float
 from train_adv.data.dataset import Split, stream_seed
 from train_adv.models.classifier import Classifier
 from train_adv.modes import eval_mode
-from train_adv.precision import tf32
 
 Perturb = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 
