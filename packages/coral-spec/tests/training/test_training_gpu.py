@@ -46,3 +46,17 @@ def test_a_step_in_bf16_has_the_gradients_of_fp32(tmp_path: Path) -> None:
     for cpu, single, half in zip(*gradients, strict=True):
         assert torch.allclose(cpu, single, atol=1e-4, rtol=1e-2)
         assert torch.nn.functional.cosine_similarity(cpu.flatten(), half.flatten(), dim=0) > 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_compiled_training_follows_the_plain_one(architecture: str, tmp_path: Path) -> None:
+    target = tiny_target(architecture, device="cuda", dtype=torch.float32)
+    write_answers(tmp_path, target)
+    answers, weights = Answers.read(tmp_path), []
+    for how in ("none", "all"):
+        trainer = Trainer(replace(small_config(tmp_path), align_steps=3, compile=how), target, answers, ALONE)
+        for _ in range(3):
+            trainer.step()
+        weights.append(torch.cat([each.detach().flatten() for each in trainer.drafter.parameters()]))
+    assert torch.allclose(*weights, atol=1e-3)

@@ -237,8 +237,8 @@ class TrainConfig:
         init: "random", or "last-layer": the decoder layer starts as the target's last one (ours).
         noise: uniform noise on target features, scaled by 512 / length as in EAGLE (0.2), never above itself.
         device, dtype: "auto" or names; dtype is that of the target and of autocast, weights are fp32.
-        compile: what torch.compile is used for: "none", the "loss", or "all" (target and loss). It takes a minute to
-            start, so it is for long runs.
+        compile: what torch.compile is used for: "none", the "loss", or "all" (the target's layers, the drafter and the
+            loss). It takes a minute to start, so it is for long runs.
         log_every: optimiser steps between two lines of metrics.
     """
 

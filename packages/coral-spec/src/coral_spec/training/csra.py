@@ -42,7 +42,7 @@ class CsraConfig:
     temperature: float = 0.07
     pool: Literal["sequence", "batch"] = "batch"
     negatives: int = 2048
-    chunk: int = 1024
+    chunk: int = 4096
 
     def __post_init__(self) -> None:
         for name, value, wrong in (

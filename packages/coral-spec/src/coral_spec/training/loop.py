@@ -23,6 +23,7 @@ from coral_spec.training.batches import Batch, BatchPlan, group_by_length, make_
 from coral_spec.training.config import TrainConfig
 from coral_spec.training.data import Answers
 from coral_spec.training.generation import fused_kernels
+from coral_spec.training.harmonised import draft_step
 from coral_spec.training.schedule import learning_rate
 from expkit.checkpoint import Checkpoint
 from expkit.distributed import World, all_reduce_mean
@@ -80,8 +81,10 @@ class Loop(ABC):
         _require_plain_head(self.backbone, target)
         self.head: Tensor = self.backbone.output.weight.detach()
         self.decoder: Any = self.backbone.decoder
+        self.draft_step = draft_step
         if config.compile == "all":
-            self.decoder = torch.compile(self.decoder, dynamic=True)
+            _compile_layers(self.decoder)
+            self.draft_step = torch.compile(draft_step, dynamic=True)
         self._plan()
         self.module = self.make()
         settings = config.optimizer
@@ -258,6 +261,13 @@ def fit(trainer: Loop, on_step: Callable[[], None], on_evaluation: Callable[[Sco
         done = trainer.progress() >= 1
         if done or trainer.clock.step % every == 0:
             on_evaluation(trainer.evaluate() if trainer.world.is_main else None)
+
+
+def _compile_layers(decoder: nn.Module) -> None:
+    """Compile a decoder's layers in place: one program serves all that are alike, a whole decoder takes minutes."""
+    stacks = [each for each in decoder.modules() if isinstance(each, nn.ModuleList)]
+    for layer in max(stacks, key=len, default=[decoder]):
+        layer.compile(dynamic=True)
 
 
 def _require_plain_head(backbone: Backbone, target: Target) -> None:

@@ -25,7 +25,7 @@ from coral_spec.training.batches import Batch
 from coral_spec.training.config import TrainConfig
 from coral_spec.training.data import Answers
 from coral_spec.training.generation import fused_kernels
-from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
+from coral_spec.training.harmonised import harmonised_mask, shift
 from coral_spec.training.loop import Loop
 from expkit.device import autocast
 from expkit.distributed import World
@@ -69,7 +69,7 @@ class SecondStage(Loop):
         for step in range(1, self.config.align_steps + 1):
             mask = harmonised_mask(features.shape[1], step, features.dtype, features.device)
             with autocast(features.device, self.target.dtype):
-                predicted = draft_step(self.drafter, embeddings, inputs, mask)
+                predicted = self.draft_step(self.drafter, embeddings, inputs, mask)
             inputs.append(shift(predicted, inputs[0]).to(features.dtype))
             where = batch.positions(step).to(features.device, non_blocking=True)
             yield step, predicted.flatten(0, 1)[where].to(features.dtype), labels[where + 1], where

@@ -14,7 +14,7 @@ from coral_spec.training.batches import Batch
 from coral_spec.training.csra import csra_loss
 from coral_spec.training.evaluate import Acceptance, simulate
 from coral_spec.training.generation import fused_kernels
-from coral_spec.training.harmonised import draft_step, harmonised_mask, shift
+from coral_spec.training.harmonised import harmonised_mask, shift
 from coral_spec.training.initialise import new_drafter
 from coral_spec.training.loop import Loop
 from coral_spec.training.losses import draft_loss
@@ -51,7 +51,7 @@ class Trainer(Loop):
         for step in range(1, steps + 1):
             mask = harmonised_mask(length, step, features.dtype, features.device)
             with autocast(features.device, self.target.dtype):
-                predicted = draft_step(self.drafter, embeddings, inputs, mask)
+                predicted = self.draft_step(self.drafter, embeddings, inputs, mask)
             inputs.append(shift(predicted, inputs[0]).to(features.dtype))
             graphs[step], leaves[step] = predicted, predicted.detach().requires_grad_()
             positions = batch.positions(step)
