@@ -58,7 +58,7 @@ def launches(name: str, rows: int, tiles: Tiles | None, weights: list[torch.Tens
     if tiles is None:
         return [lambda w=w: torch.nn.functional.linear(states, w) for w in weights]
     options: dict[str, Any] = {"squares": squares, "eps": 1e-5, "residual": extra, "next_norm": scale}
-    options["activation"] = "silu" if gated else None
+    options |= {"activation": "silu" if gated else None, "gated": gated}
     return [lambda w=w: linear(states, w, tiles=tiles, cast=like.device.type == "cpu", **options) for w in weights]
 
 

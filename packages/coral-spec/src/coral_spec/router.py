@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from coral_spec import kernels
 from coral_spec.grouping import Grouping
@@ -41,8 +40,7 @@ class Router(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """``(..., width)`` to ``(..., groups)``."""
-        hidden = functional.silu(kernels.multiply(self.inner, features)) + features
-        return kernels.multiply(self.outer, hidden)
+        return kernels.multiply(self.outer, kernels.residual_block(self.inner, features))
 
     def forward(self, features: Tensor) -> Tensor:
         """``(..., width)`` to fp32 log-probabilities ``(..., groups)``."""

@@ -125,8 +125,20 @@ def test_gate_and_up_have_their_own_biases(rows):
     generator = torch.Generator().manual_seed(0)
     states, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, 32), (80, 32), (80,)))
     gate, up = torch.nn.functional.linear(states, weight, bias).chunk(2, dim=-1)
-    found = linear(states.to(DEVICE), weight.to(DEVICE), bias=bias.to(DEVICE), activation="silu").states
+    found = linear(states.to(DEVICE), weight.to(DEVICE), bias=bias.to(DEVICE), activation="silu", gated=True).states
     torch.testing.assert_close(found.cpu(), torch.nn.functional.silu(gate) * up, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_a_residual_comes_after_the_activation(rows):
+    from coral_spec.kernels.linear import linear
+
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (torch.randn(*size, generator=generator) for size in ((rows, 32), (32, 32), (32,)))
+    expected = torch.nn.functional.silu(torch.nn.functional.linear(states, weight, bias)) + states
+    states = states.to(DEVICE)
+    found = linear(states, weight.to(DEVICE), bias=bias.to(DEVICE), activation="silu", residual=states).states
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_tiles_shrink_until_they_fit_a_smaller_card():

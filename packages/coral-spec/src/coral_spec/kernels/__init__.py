@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 if TYPE_CHECKING:
     from coral_spec.cache import SlotStore
@@ -97,6 +98,16 @@ def multiply(linear: nn.Module, states: Tensor) -> Tensor:
     if type(linear) is nn.Linear and not linear._forward_hooks and serve(states):
         return project(states, linear.weight, linear.bias)
     return linear(states)  # type: ignore[no-any-return]
+
+
+def residual_block(linear: nn.Linear, states: Tensor) -> Tensor:
+    """``silu(linear(states)) + states``, in one launch where a kernel serves the states."""
+    if not serve(states):
+        return functional.silu(linear(states)) + states
+    from coral_spec.kernels.linear import linear as launch
+
+    rows = states[0].contiguous()
+    return launch(rows, linear.weight, bias=linear.bias, activation="silu", residual=rows).states[None]
 
 
 def gather_inputs(

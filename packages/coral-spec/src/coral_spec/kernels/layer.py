@@ -70,8 +70,9 @@ def _project(
     states = rows.states if rows.scaled is None or norm is None else rows.scaled
     squares, eps = (None, 0.0) if norm is None else (rows.squares, norm.eps)
     return linear(
-        states, projection.weight, bias=projection.bias, squares=squares, eps=eps, activation=activation, cast=cast
-    )
+        states, projection.weight, bias=projection.bias, squares=squares, eps=eps,
+        activation=activation, gated=activation is not None, cast=cast,
+    )  # fmt: skip
 
 
 def _add(

@@ -61,8 +61,8 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
     rows, outputs, width, parts, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
-    CAST: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
+    ACTIVE: tl.constexpr, GELU: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P: tl.constexpr, CAST: tl.constexpr, LINES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         prefetch_rows(w_ptr, tl.program_id(0) * BLOCK_N, outputs, width, BLOCK_N, LINES)
@@ -110,8 +110,10 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
         result += bias[None, :]
         if GATED:
             up += up_bias[None, :]
+    if ACTIVE:
+        result = _activate(result, GELU)
     if GATED:
-        result = _activate(result, GELU) * up
+        result *= up
     if RESIDUAL:
         result += residual.to(tl.float32)
     element = out_ptr.dtype.element_ty
@@ -128,7 +130,8 @@ def _row_kernel(  # type: ignore[no-untyped-def]
     x_ptr, w_ptr, bias_ptr, squares_ptr, residual_ptr, next_ptr, out_ptr, scaled_ptr, sums_ptr,
     outputs, width, parts, eps,
     NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, GATED: tl.constexpr,
-    GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, EARLY: tl.constexpr,
+    ACTIVE: tl.constexpr, GELU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """The same for one row: no matrix unit, so all threads share the walk along the width.
 
@@ -177,8 +180,10 @@ def _row_kernel(  # type: ignore[no-untyped-def]
         result += bias
         if GATED:
             up += up_bias
+    if ACTIVE:
+        result = _activate(result, GELU)
     if GATED:
-        result = _activate(result, GELU) * up
+        result *= up
     if RESIDUAL:
         result += residual.to(tl.float32)
     element = out_ptr.dtype.element_ty
@@ -275,6 +280,7 @@ def linear(
     eps: float = 0.0,
     residual: Tensor | None = None,
     activation: str | None = None,
+    gated: bool = False,
     next_norm: Tensor | None = None,
     cast: bool = False,
     tiles: Tiles | None = None,
@@ -283,11 +289,12 @@ def linear(
 
     Args:
         states: contiguous ``(rows, width)``, at most 64 rows.
-        weight: contiguous ``(outputs, width)``; with ``activation``, gate and up ``(2 * outputs, width)``.
+        weight: contiguous ``(outputs, width)``; if ``gated``, gate and up ``(2 * outputs, width)``.
         bias: ``(outputs,)``, or as many as ``weight`` has rows.
         squares, eps: of :class:`Rows`, when ``states`` are rows scaled for a norm with this epsilon.
-        residual: ``(rows, outputs)``, added.
-        activation: ``silu`` or ``gelu_pytorch_tanh``: the result is ``activation(gate) * up``.
+        residual: ``(rows, outputs)``, added last.
+        activation: ``silu`` or ``gelu_pytorch_tanh``, of the product.
+        gated: the result is ``activation(gate) * up``.
         next_norm: fp32 weight ``(outputs,)`` of the norm that comes next.
         cast: multiply in fp32, as Triton's interpreter must.
         tiles: chosen by the sizes when None.
@@ -296,10 +303,10 @@ def linear(
         ``(rows, outputs)`` in the states' dtype, scaled for ``next_norm`` too.
     """
     rows, width = states.shape
-    outputs = weight.shape[0] // (2 if activation else 1)
+    outputs = weight.shape[0] // (2 if gated else 1)
     if tiles is None:
         tiles = choose_tiles(rows, outputs, width, states.dtype == torch.float32 or cast)
-        tiles = fit_tiles(tiles, rows, activation is not None, states.element_size(), shared_memory(states.device))
+        tiles = fit_tiles(tiles, rows, gated, states.element_size(), shared_memory(states.device))
     programs = triton.cdiv(outputs, tiles.outputs)
     out = _room(states, outputs, programs, next_norm is not None)
     flags = {
@@ -307,7 +314,8 @@ def linear(
         "BIAS": bias is not None,
         "RESIDUAL": residual is not None,
         "NEXT": next_norm is not None,
-        "GATED": activation is not None,
+        "GATED": gated,
+        "ACTIVE": activation is not None,
         "GELU": activation == "gelu_pytorch_tanh",
     }
     parts = 1 if squares is None else squares.shape[0]
