@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from expkit import device as module
-from expkit.device import Timer, autocast, peak_memory, reset_peak_memory, resolve_device, resolve_dtype
+from expkit.device import (
+    Timer,
+    autocast,
+    peak_memory,
+    reset_peak_memory,
+    resolve_device,
+    resolve_dtype,
+    to_device,
+)
 from expkit.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -106,3 +114,11 @@ def test_on_a_gpu_auto_is_the_current_cuda_device_and_half_precision() -> None:
     reset_peak_memory(device)
     held = torch.ones(8 << 20, dtype=torch.uint8, device=device)
     assert peak_memory(device) >= held.numel()
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_tensor_arrives_on_a_device_as_it_was(name: str) -> None:
+    sent = torch.arange(12).view(3, 4).T  # not contiguous
+    arrived = to_device(sent, torch.device(name))
+    assert arrived.device.type == name
+    assert torch.equal(arrived.cpu(), sent)

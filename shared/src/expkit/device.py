@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expkit.errors import UsageError
 
@@ -47,6 +48,14 @@ def resolve_device(name: str = "auto") -> torch.device:
     if index >= count:
         raise UsageError(f'device "{name}": there are {count}; the last is cuda:{count - 1}')
     return torch.device("cuda", index)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without waiting: from pinned memory to a GPU, as a copy from any other memory
+    waits for all that the GPU has been given before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from expkit.device import to_device
+
 
 @dataclass(frozen=True)
 class CsraConfig:
@@ -104,7 +106,7 @@ def _pools(rows: Tensor, config: CsraConfig, seed: int, device: torch.device) ->
         chosen = torch.arange(start, start + count)
         if count > config.negatives:
             chosen = chosen[torch.randperm(count, generator=generator)[: config.negatives].sort().values]
-        yield slice(start, start + count), chosen.to(device, non_blocking=True)
+        yield slice(start, start + count), to_device(chosen, device)
         start += count
 
 

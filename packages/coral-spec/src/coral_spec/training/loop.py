@@ -26,6 +26,7 @@ from coral_spec.training.generation import fused_kernels
 from coral_spec.training.harmonised import draft_step
 from coral_spec.training.schedule import learning_rate
 from expkit.checkpoint import Checkpoint
+from expkit.device import to_device
 from expkit.distributed import World, all_reduce_mean
 from expkit.errors import UsageError
 
@@ -172,7 +173,7 @@ class Loop(ABC):
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The target's features and the next tokens' embeddings, ``(rows, length, hidden)``, of tokens on the CPU."""
-        tokens = tokens.to(self.target.device, non_blocking=True)
+        tokens = to_device(tokens, self.target.device)
         features = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
         following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
         return features, self.backbone.embed(following)

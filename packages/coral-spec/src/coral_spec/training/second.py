@@ -27,7 +27,7 @@ from coral_spec.training.data import Answers
 from coral_spec.training.generation import fused_kernels
 from coral_spec.training.harmonised import harmonised_mask, shift
 from coral_spec.training.loop import Loop
-from expkit.device import autocast
+from expkit.device import autocast, to_device
 from expkit.distributed import World
 
 
@@ -71,7 +71,7 @@ class SecondStage(Loop):
             with autocast(features.device, self.target.dtype):
                 predicted = self.draft_step(self.drafter, embeddings, inputs, mask)
             inputs.append(shift(predicted, inputs[0]).to(features.dtype))
-            where = batch.positions(step).to(features.device, non_blocking=True)
+            where = to_device(batch.positions(step), features.device)
             yield step, predicted.flatten(0, 1)[where].to(features.dtype), labels[where + 1], where
 
     def evaluate(self) -> HeldOut:

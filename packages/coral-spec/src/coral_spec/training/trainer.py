@@ -19,7 +19,7 @@ from coral_spec.training.initialise import new_drafter
 from coral_spec.training.loop import Loop
 from coral_spec.training.losses import draft_loss
 from coral_spec.training.schedule import loss_weights
-from expkit.device import autocast
+from expkit.device import autocast, to_device
 
 
 class Trainer(Loop):
@@ -55,7 +55,7 @@ class Trainer(Loop):
             inputs.append(shift(predicted, inputs[0]).to(features.dtype))
             graphs[step], leaves[step] = predicted, predicted.detach().requires_grad_()
             positions = batch.positions(step)
-            where = positions.to(features.device, non_blocking=True)
+            where = to_device(positions, features.device)
             chosen = leaves[step].flatten(0, 1)[where]
             scale = self.world.size / counts[step - 1]
             parts = draft_loss(
