@@ -46,7 +46,7 @@ RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> prese
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
 TEMPERATURES = {"t00": 0.0, "t08": 0.8}
-AT_ONCE = 6  # short trainings on one GPU
+AT_ONCE = 3  # short trainings on one GPU
 
 # what the sweeps try; CSRA: anchor, weight, temperature, in the order in which one line led to the next; 0 is HASS
 CSRA = [
@@ -57,6 +57,8 @@ CSRA = [
     *(("target", 0.3, temperature) for temperature in (0.03, 0.2)),
     ("target", 1.0, 0.2),
     ("previous", 1.0, 0.07),
+    ("target", 10.0, 0.07),
+    *(("target", weight, 0.03) for weight in (3.0, 10.0)),
 ]
 # routers: the first of each is the preset
 GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 32), (1, 0, 4)
