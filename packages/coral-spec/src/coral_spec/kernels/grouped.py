@@ -1,8 +1,11 @@
-"""The best tokens among some groups of head rows, whose logits are never written: two launches.
+"""The best tokens among some groups of head rows: two launches, and no row is read twice.
 
 The head is permuted once, so that a group is one slab ``(rows, width)``. A program multiplies a tile of a slab that is
-read with all nodes of a tree level at once - every weight that is read is read once - and keeps the best of its tile
-and their log-sum-exp; the second launch joins the tiles of a node. Ours, for CORAL's grouped head.
+read with all nodes of a tree level at once - every weight that is read is read once - and writes the tile's logits to
+scratch, once, with their largest and the sum of their exponentials. The second launch finds the best tiles of a node by
+what is largest in each, and looks for the best tokens in those alone. The logits are few beside the weights and stay in
+the level-2 cache; to keep only the best of every tile takes each program a round of maxima for every one of them, while
+it loads nothing. Ours, for CORAL's grouped head.
 """
 
 from __future__ import annotations
@@ -17,29 +20,23 @@ from torch import Tensor
 from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 from coral_spec.kernels.top import key_index, key_value, to_key
 
-JOINED = 2048  # keys that one program joins
-
-
-@triton.jit
-def _keep_best(keys, out_ptr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The ``COUNT`` largest of every row of ``keys [rows, columns]``, to ``out_ptr[:, None] + 0, 1, ...``."""
-    for place in tl.static_range(COUNT):
-        best = tl.max(keys, axis=1)
-        tl.store(out_ptr + place, best)
-        keys = tl.where(keys == best[:, None], -0x7FFFFFFFFFFFFFFF, keys)
+JOIN_WARPS = 8  # with fewer, a sort of thousands of keys takes most registers and long to compile
+MANY = 2048 * 64  # rows that are read; with more of them tiles are larger, because one program looks at every tile
+MISSING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # smaller than every key
+ROUNDS = tl.constexpr(16)  # of so many maxima a sort is not yet quicker
 
 
 @triton.jit(do_not_specialize=["nodes", "tiles"])
 def _tile_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, slabs_ptr, active_ptr, ids_ptr, keys_ptr, sums_ptr, nodes, rows, width, tiles,
-    COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IDS: tl.constexpr,
-    CAST: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, slabs_ptr, active_ptr, ids_ptr, logits_ptr, sums_ptr, nodes, rows, width, tiles,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IDS: tl.constexpr, CAST: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
     tile, place = tl.program_id(0), tl.program_id(1)
     group = tl.load(active_ptr + place)
-    node = tl.arange(0, BLOCK_R)
-    row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    node, column = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_N)
+    row = tile * BLOCK_N + column
     node_in, row_in = node < nodes, row < rows
     if IDS:
         row_in = row_in & (tl.load(ids_ptr + group * rows + row, mask=row_in, other=-1) >= 0)
@@ -60,67 +57,78 @@ def _tile_kernel(  # type: ignore[no-untyped-def]
     let_next_start(EARLY)
     logits = tl.where(row_in[None, :], logits, float("-inf"))
     at = (node * tl.num_programs(1) + place) * tiles + tile
+    tl.store(logits_ptr + at[:, None] * BLOCK_N + column[None, :], logits, mask=node_in[:, None])
     highest = tl.max(logits, axis=1)
-    # A tile of empty places has no best one; its sum is 0 then, not 0 * exp(inf).
+    # A tile of empty places has no best one; its sum is 0 then, not exp(inf - inf).
     shift = tl.where(highest == float("-inf"), 0.0, highest)
-    tl.store(sums_ptr + 2 * at, shift, mask=node_in)
+    tl.store(sums_ptr + 2 * at, highest, mask=node_in)
     tl.store(sums_ptr + 2 * at + 1, tl.sum(tl.exp(logits - shift[:, None]), axis=1), mask=node_in)
-    keys = tl.where(row_in[None, :], to_key(logits, (place * rows + row)[None, :]), -0x7FFFFFFFFFFFFFFF)
-    # Rows behind the last node write to a node's place that is thrown away.
-    spare = tl.where(node_in, at, nodes * tl.num_programs(1) * tiles)
-    _keep_best(keys, keys_ptr + spare * COUNT, COUNT)
 
 
-@triton.jit(do_not_specialize=["tiles", "groups", "held"])
+@triton.jit
+def _best(keys, COUNT: tl.constexpr, K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``[K]`` of the keys in descending order, of which the first ``COUNT`` are the largest."""
+    keys = tl.reshape(keys, [keys.numel])
+    if COUNT <= ROUNDS:
+        found = tl.full([K], MISSING, dtype=tl.int64)
+        for place in range(COUNT):
+            best = tl.max(keys, axis=0)
+            found = tl.where(tl.arange(0, K) == place, best, found)
+            keys = tl.where(keys == best, MISSING, keys)
+    else:
+        found = tl.topk(keys, K)
+    return found
+
+
+@triton.jit
+def _index(keys):  # type: ignore[no-untyped-def]
+    """The index in every key; -1 where it is missing."""
+    return tl.where(keys == MISSING, -1, key_index(keys)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["tiles", "groups"])
 def _join_kernel(  # type: ignore[no-untyped-def]
-    keys_ptr, sums_ptr, mass_ptr, active_ptr, ids_ptr, joined_ptr, log_probs_ptr, tokens_ptr,
-    rows, tiles, groups, held, share,
-    COUNT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr,
-    MASS: tl.constexpr, IDS: tl.constexpr, SCALED: tl.constexpr, LAST: tl.constexpr, EARLY: tl.constexpr,
+    logits_ptr, sums_ptr, mass_ptr, active_ptr, ids_ptr, log_probs_ptr, tokens_ptr, rows, tiles, groups,
+    COUNT: tl.constexpr, K: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASS: tl.constexpr, IDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs(EARLY)
-    node, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    lane = tl.arange(0, BLOCK)
-    place = part * share + lane
-    inside = (lane < share) & (place < held)
-    keys = tl.load(keys_ptr + node * held + place, mask=inside, other=-0x7FFFFFFFFFFFFFFF)
-    if SCALED:
-        # From logits to log-probabilities, by what they are normalised with.
-        group, tile = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_T)
-        at = 2 * ((node * groups + group[:, None]) * tiles + tile[None, :])
-        there = (group < groups)[:, None] & (tile < tiles)[None, :]
-        shift = tl.load(sums_ptr + at, mask=there, other=float("-inf"))
-        total = tl.load(sums_ptr + at + 1, mask=there, other=0.0)
-        shift = tl.where(total > 0, shift, float("-inf"))
-        top = tl.max(shift, axis=1)
-        if MASS:
-            sums = tl.sum(tl.where(total > 0, total * tl.exp(shift - top[:, None]), 0.0), axis=1)
-            mass = tl.load(mass_ptr + node * groups + group, mask=group < groups, other=0.0)
-            offsets = mass - (top + tl.log(sums))
-            offset = tl.zeros([BLOCK], dtype=tl.float32)
-            for one in range(groups):
-                its = tl.sum(tl.where(group == one, offsets, 0.0), axis=0)
-                offset = tl.where(place // (tiles * COUNT) == one, its, offset)
-        else:
-            highest = tl.max(top, axis=0)
-            sums = tl.sum(tl.where(total > 0, total * tl.exp(shift - highest), 0.0), axis=1)
-            offset = tl.zeros([BLOCK], dtype=tl.float32) - (highest + tl.log(tl.sum(sums, axis=0)))
-        keys = tl.where(keys == -0x7FFFFFFFFFFFFFFF, keys, to_key(key_value(keys) + offset, key_index(keys)))
-    let_next_start(EARLY)
-    best = tl.topk(keys, K)
-    order = tl.arange(0, K)
-    kept = order < COUNT
-    if LAST:
-        index = key_index(best)
-        if IDS:
-            slab = tl.load(active_ptr + index // rows, mask=kept, other=0)
-            token = tl.load(ids_ptr + slab * rows + index % rows, mask=kept, other=0)
-        else:
-            token = tl.load(active_ptr + index // rows, mask=kept, other=0) * rows + index % rows
-        tl.store(log_probs_ptr + node * COUNT + order, key_value(best), mask=kept)
-        tl.store(tokens_ptr + node * COUNT + order, token, mask=kept)
+    node = tl.program_id(0).to(tl.int64)
+    group, tile = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_T)
+    index = group[:, None] * tiles + tile[None, :]
+    there = (group < groups)[:, None] & (tile < tiles)[None, :]
+    at = node * groups * tiles + index
+    highest = tl.load(sums_ptr + 2 * at, mask=there, other=float("-inf"))
+    total = tl.load(sums_ptr + 2 * at + 1, mask=there, other=0.0)
+    # From logits to log-probabilities, by what they are normalised with.
+    top = tl.max(highest, axis=1)
+    if not MASS:
+        top = tl.full([BLOCK_G], tl.max(top, axis=0), dtype=tl.float32)
+    sums = tl.sum(tl.where(total > 0, total * tl.exp(highest - top[:, None]), 0.0), axis=1)
+    if MASS:
+        mass = tl.load(mass_ptr + node * groups + group, mask=group < groups, other=0.0)
+        offsets = mass - (top + tl.log(sums))
     else:
-        tl.store(joined_ptr + (node * tl.num_programs(1) + part) * COUNT + order, best, mask=kept)
+        offsets = -(top + tl.log(tl.sum(sums, axis=0)))
+    # The COUNT best tiles hold the COUNT best places: what is largest in each of them comes before anything in the
+    # other tiles. So it does where they are equal, because tiles are in the order of their places, and because adding
+    # the same offset keeps the order of a tile.
+    keys = tl.where(total > 0, to_key(highest + offsets[:, None], index), MISSING)
+    chosen = _index(_best(keys, COUNT, K))
+    offset = tl.sum(tl.where((chosen // tiles)[:, None] == group[None, :], offsets[None, :], 0.0), axis=1)
+    place = chosen[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    first = node * groups * tiles * BLOCK_N
+    logits = tl.load(logits_ptr + first + place, mask=(chosen >= 0)[:, None], other=float("-inf"))
+    let_next_start(EARLY)
+    best = _best(tl.where(logits > float("-inf"), to_key(logits + offset[:, None], place), MISSING), COUNT, K)
+    chosen = _index(best)
+    inside, span = tl.maximum(chosen, 0), tiles * BLOCK_N
+    token = tl.load(active_ptr + inside // span) * rows + inside % span
+    if IDS:
+        token = tl.load(ids_ptr + token, mask=chosen >= 0, other=0)
+    order = tl.arange(0, K)
+    tl.store(log_probs_ptr + node * COUNT + order, key_value(best), mask=order < COUNT)
+    tl.store(tokens_ptr + node * COUNT + order, token, mask=order < COUNT)
 
 
 @dataclass(frozen=True)
@@ -139,10 +147,12 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(nodes: int, width: int, count: int, wide: bool) -> Tiles:
-    """Tiles that fit; ``wide``: fp32."""
-    rows = 64 if wide or nodes > 32 or count > 16 else 128
-    return Tiles(rows, 32 if wide else 128 if width >= 1024 else 64, 4, 2 if wide else 4)
+def choose_tiles(nodes: int, width: int, places: int, wide: bool) -> Tiles:
+    """Tiles that fit, two programs on a multiprocessor; ``places``: rows that are read; ``wide``: fp32."""
+    if wide:
+        return Tiles(64, 32, 4, 2)
+    rows = 64 if places <= MANY else 128
+    return Tiles(rows, 128 if rows == 64 and nodes <= 32 and width >= 512 else 64, 4, 4)
 
 
 def grouped_top(
@@ -178,39 +188,21 @@ def grouped_top(
     nodes, width = features.shape
     rows, groups = slabs.shape[1], active.numel()
     device, wide = features.device, cast or features.dtype == torch.float32
-    size = max(2, triton.next_power_of_2(count))
-    chosen = tiles or choose_tiles(nodes, width, count, wide)
+    chosen = tiles or choose_tiles(nodes, width, groups * rows, wide)
     slab_tiles = triton.cdiv(rows, chosen.rows)  # tiles of a slab
-    held = groups * slab_tiles * count  # keys of a node
-    keys = torch.empty(nodes * held + count, dtype=torch.int64, device=device)
-    sums = torch.empty(nodes, groups * slab_tiles, 2, dtype=torch.float32, device=device)
+    logits = torch.empty(nodes, groups, slab_tiles, chosen.rows, dtype=torch.float32, device=device)
+    sums = torch.empty(nodes, groups, slab_tiles, 2, dtype=torch.float32, device=device)
     _tile_kernel[(slab_tiles, groups)](
-        features, slabs, active, ids, keys, sums, nodes, rows, width, slab_tiles,
-        COUNT=count, BLOCK_R=max(16, triton.next_power_of_2(nodes)), BLOCK_N=chosen.rows, BLOCK_K=chosen.depth,
+        features, slabs, active, ids, logits, sums, nodes, rows, width, slab_tiles,
+        BLOCK_R=max(16, triton.next_power_of_2(nodes)), BLOCK_N=chosen.rows, BLOCK_K=chosen.depth,
         IDS=ids is not None, CAST=cast, num_warps=chosen.warps, num_stages=chosen.stages, **early(device),
     )  # fmt: skip
     log_probs = torch.empty(nodes, count, dtype=torch.float32, device=device)
     tokens = torch.empty(nodes, count, dtype=torch.int64, device=device)
-    options = {
-        "COUNT": count, "K": size, "BLOCK_G": triton.next_power_of_2(groups), "IDS": ids is not None,
-        "BLOCK_T": triton.next_power_of_2(slab_tiles), **early(device),
-    }  # fmt: skip
-    parts = triton.cdiv(held, JOINED)
-    if parts == 1:
-        _join_kernel[(nodes, 1)](
-            keys, sums, log_mass, active, ids, None, log_probs, tokens, rows, slab_tiles, groups, held, held,
-            BLOCK=max(2 * size, triton.next_power_of_2(held)), MASS=log_mass is not None, SCALED=True, LAST=True,
-            **options,
-        )  # fmt: skip
-        return log_probs, tokens
-    joined = torch.empty(nodes, parts, count, dtype=torch.int64, device=device)
-    _join_kernel[(nodes, parts)](
-        keys, sums, log_mass, active, ids, joined, None, None, rows, slab_tiles, groups, held, JOINED,
-        BLOCK=JOINED, MASS=log_mass is not None, SCALED=True, LAST=False, **options,
-    )  # fmt: skip
-    held = parts * count
-    _join_kernel[(nodes, 1)](
-        joined, sums, log_mass, active, ids, None, log_probs, tokens, rows, slab_tiles, groups, held, held,
-        BLOCK=max(2 * size, triton.next_power_of_2(held)), MASS=False, SCALED=False, LAST=True, **options,
+    size, block_g = max(2, triton.next_power_of_2(count)), triton.next_power_of_2(groups)
+    _join_kernel[(nodes,)](
+        logits, sums, log_mass, active, ids, log_probs, tokens, rows, slab_tiles, groups,
+        COUNT=count, K=size, BLOCK_G=block_g, BLOCK_T=max(triton.next_power_of_2(slab_tiles), 2 * size // block_g),
+        BLOCK_N=chosen.rows, MASS=log_mass is not None, IDS=ids is not None, num_warps=JOIN_WARPS, **early(device),
     )  # fmt: skip
     return log_probs, tokens
