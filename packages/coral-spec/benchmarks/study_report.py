@@ -136,8 +136,8 @@ def save_curve(results: Path, path: Path) -> None:
     recipes = ("eagle2", "hass", "csra")
     for folder in sorted((results / "training").glob("*-[0-9]")):
         family, recipe, seed = folder.name.rsplit("-", 2)
-        lines = [line for line in read_metrics(folder / "metrics.jsonl") if "tau_sim" in line]
         if recipe in recipes:
+            lines = [line for line in read_metrics(folder / "metrics.jsonl") if "tau_sim" in line]
             tokens, taus = [line["tokens"] / 1e6 for line in lines], [line["tau_sim"] for line in lines]
             style = "-" if family == "smollm2" else "--"
             axes.plot(tokens, taus, style, color=f"C{recipes.index(recipe)}", label=f"{family} {recipe}, seed {seed}")

@@ -20,10 +20,9 @@ from torch import Tensor
 from coral_spec.kernels.launch import early, let_next_start, wait_for_inputs
 from coral_spec.kernels.top import key_index, key_value, to_key
 
-JOIN_WARPS = 8  # with fewer, a sort of thousands of keys takes most registers and long to compile
 MANY = 2048 * 64  # rows that are read; with more of them tiles are larger, because one program looks at every tile
 MISSING = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # smaller than every key
-ROUNDS = tl.constexpr(16)  # of so many maxima a sort is not yet quicker
+ROUNDS = tl.constexpr(16)  # of so many maxima a sort is not quicker
 
 
 @triton.jit(do_not_specialize=["nodes", "tiles"])
@@ -148,11 +147,17 @@ class Tiles:
 
 
 def choose_tiles(nodes: int, width: int, places: int, wide: bool) -> Tiles:
-    """Tiles that fit, two programs on a multiprocessor; ``places``: rows that are read; ``wide``: fp32."""
+    """Tiles that measured well on an H100 (`benchmarks/grouped_head.py --tiles`), two programs on a multiprocessor.
+
+    Args:
+        places: rows that are read.
+        wide: products in fp32.
+    """
     if wide:
         return Tiles(64, 32, 4, 2)
-    rows = 64 if places <= MANY else 128
-    return Tiles(rows, 128 if rows == 64 and nodes <= 32 and width >= 512 else 64, 4, 4)
+    if places > MANY:
+        return Tiles(128, 64, 4, 4)
+    return Tiles(64, 128, 4, 3) if nodes <= 32 and width >= 512 else Tiles(64, 64, 4, 4)
 
 
 def grouped_top(
@@ -200,9 +205,10 @@ def grouped_top(
     log_probs = torch.empty(nodes, count, dtype=torch.float32, device=device)
     tokens = torch.empty(nodes, count, dtype=torch.int64, device=device)
     size, block_g = max(2, triton.next_power_of_2(count)), triton.next_power_of_2(groups)
+    warps = 4 if count <= ROUNDS.value else 8  # with fewer, a sort takes most registers and long to compile
     _join_kernel[(nodes,)](
         logits, sums, log_mass, active, ids, log_probs, tokens, rows, slab_tiles, groups,
         COUNT=count, K=size, BLOCK_G=block_g, BLOCK_T=max(triton.next_power_of_2(slab_tiles), 2 * size // block_g),
-        BLOCK_N=chosen.rows, MASS=log_mass is not None, IDS=ids is not None, num_warps=JOIN_WARPS, **early(device),
+        BLOCK_N=chosen.rows, MASS=log_mass is not None, IDS=ids is not None, num_warps=warps, **early(device),
     )  # fmt: skip
     return log_probs, tokens
