@@ -60,8 +60,9 @@ CSRA = [
     ("target", 10.0, 0.07),
     *(("target", weight, 0.03) for weight in (3.0, 10.0)),
 ]
-# routers: the first of each is the preset
+# routers: what the sweep starts from comes first; then what it chose, which the preset has
 GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 32), (1, 0, 4)
+CHOSEN_GROUPS, CHOSEN_ALWAYS = 128, 4
 SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
 ROWS = {"smollm2": 49_152, "gemma3": 262_144}
 WIDTH = {"smollm2": 576, "gemma3": 640}
@@ -219,7 +220,7 @@ class Study:
         for share in SHARES:
             rows = round(ROWS[family] * share)
             rank = round(rows * WIDTH[family] / (ROWS[family] + WIDTH[family]))
-            options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]}", "--head", str(rows)]
+            options += ["--head", f"routed:{round(CHOSEN_GROUPS * share) - CHOSEN_ALWAYS}", "--head", str(rows)]
             options += ["--head", f"low-rank:{rank}"]
         return Step(7, self.evaluation(family, "heads", *options, limit=20), {})
 
