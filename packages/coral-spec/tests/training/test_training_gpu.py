@@ -10,6 +10,7 @@ import torch
 
 from coral_spec.training.data import Answers
 from coral_spec.training.generation import Sampling, answer_batch
+from coral_spec.training.replay import Replayed
 from coral_spec.training.trainer import Trainer
 from expkit.distributed import World
 from making_answers import small_config, write_answers
@@ -60,3 +61,34 @@ def test_compiled_training_follows_the_plain_one(architecture: str, tmp_path: Pa
             trainer.step()
         weights.append(torch.cat([each.detach().flatten() for each in trainer.drafter.parameters()]))
     assert torch.allclose(*weights, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_replayed_features_are_those_of_the_forward(recwarn: pytest.WarningsRecorder) -> None:
+    decoder = tiny_target(device="cuda").model.model
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        return decoder(input_ids=tokens, use_cache=False).last_hidden_state
+
+    weight = next(decoder.parameters())
+    replayed = Replayed(forward, 96, weight.new_empty(0), 32)
+    generator = torch.Generator().manual_seed(0)
+    for shape in [(2, 16), (3, 32), (2, 16), (3, 32), (2, 16), (4, 32), (4, 32), (2, 16)]:  # 128 tokens are too many
+        tokens = torch.randint(3, 250, shape, generator=generator).cuda()
+        with torch.no_grad():
+            torch.testing.assert_close(replayed(tokens), forward(tokens))
+    assert set(replayed._graphs) == {torch.Size((2, 16)), torch.Size((3, 32))}
+    assert not recwarn.list
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_launched_and_said() -> None:
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[..., None] * float(tokens.max())  # waits for the device
+
+    replayed = Replayed(forward, 96, torch.empty(0, device="cuda"), 1)
+    tokens = torch.ones(2, 16, dtype=torch.long, device="cuda")
+    replayed(tokens)
+    with pytest.warns(UserWarning, match="not captured"):
+        assert torch.equal(replayed(tokens), torch.ones(2, 16, 1, device="cuda"))
+    assert torch.equal(replayed(2 * tokens), torch.full((2, 16, 1), 4.0, device="cuda"))

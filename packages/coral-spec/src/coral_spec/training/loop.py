@@ -24,6 +24,7 @@ from coral_spec.training.config import TrainConfig
 from coral_spec.training.data import Answers
 from coral_spec.training.generation import fused_kernels
 from coral_spec.training.harmonised import draft_step
+from coral_spec.training.replay import Replayed
 from coral_spec.training.schedule import learning_rate
 from expkit.checkpoint import Checkpoint
 from expkit.device import to_device
@@ -83,9 +84,13 @@ class Loop(ABC):
         self.head: Tensor = self.backbone.output.weight.detach()
         self.decoder: Any = self.backbone.decoder
         self.draft_step = draft_step
+        self._features: Callable[[Tensor], Tensor] = self._decode
         if config.compile == "all":
             _compile_layers(self.decoder)
             self.draft_step = torch.compile(draft_step, dynamic=True)
+            if self.head.is_cuda:
+                room, like = max(config.batch.tokens, config.batch.max_length), self.head.new_empty(0)
+                self._features = Replayed(self._decode, room, like, self.backbone.hidden_size)
         self._plan()
         self.module = self.make()
         settings = config.optimizer
@@ -172,11 +177,17 @@ class Loop(ABC):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's features and the next tokens' embeddings, ``(rows, length, hidden)``, of tokens on the CPU."""
+        """The target's features and the next tokens' embeddings, ``(rows, length, hidden)``, of tokens on the CPU.
+
+        The features are valid until the next call.
+        """
         tokens = to_device(tokens, self.target.device)
-        features = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        features = self._features(tokens)
         following = torch.cat([tokens[:, 1:], torch.zeros_like(tokens[:, :1])], dim=1)
         return features, self.backbone.embed(following)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
     def noisy(self, features: Tensor, number: int) -> Tensor:
         """Features with the configured noise, which depends on the batch's number."""
