@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from expkit import rundir
 from expkit.config import load_config
 from expkit.errors import UsageError
 from expkit.metrics import read_metrics
@@ -131,15 +132,20 @@ def test_the_command_of_several_processes_names_torchrun(monkeypatch: pytest.Mon
     assert evidence()["command"] == "torchrun --nproc-per-node 2 --no-python tool train"
 
 
-def test_git_is_sha_and_dirty_in_a_repository_and_none_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_is_that_of_the_current_folder_else_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, elsewhere = tmp_path / "code", tmp_path / "elsewhere"
+    code.mkdir()
+    elsewhere.mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rundir, "_SOURCE", code)
+    monkeypatch.chdir(elsewhere)
     assert evidence()["git"] is None
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
-    (tmp_path / "file").write_text("a")
+    (code / "file").write_text("a")
     for arguments in (["init"], ["add", "file"], ["commit", "-m", "first"]):
-        subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+        subprocess.run(["git", *identity, *arguments], check=True, capture_output=True, cwd=code)
     found = evidence()["git"]
     assert len(found["sha"]) == 40 and found["dirty"] is False
-    (tmp_path / "file").write_text("b")
-    assert evidence()["git"]["dirty"] is True
+    monkeypatch.chdir(code)
+    (code / "file").write_text("b")
+    assert evidence()["git"] == {"sha": found["sha"], "dirty": True}

@@ -150,3 +150,11 @@ def test_readme_commands_and_python_run(folder, tmp_path, monkeypatch, capsys):
         assert run(*words, *short.get(words[0], [])) == 0, (line, capsys.readouterr().err)
     python = next(block for block in blocks if block.startswith("python")).removeprefix("python")
     exec(compile(python.replace("smollm2-135m", folder), "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("name", ["nowhere/out.json", "out.txt", "folder.json"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_loaded(name, tmp_path, capsys):
+    (tmp_path / "folder.json").mkdir()
+    assert run("generate", "hello", "--model", "no-such-model", "--json", str(tmp_path / name)) == 2
+    assert "--json is" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()

@@ -43,6 +43,32 @@ def test_a_base_model_cannot_converse():
         model.chat().send("hello")
 
 
+@pytest.mark.parametrize("where", ["cache", "draft"])
+def test_without_memory_to_grow_a_turn_is_refused_and_nothing_is_lost(where, tmp_path, monkeypatch):
+    model = drafting_model(tiny_target("llama", context=2048), tmp_path)
+    conversation, whole = model.chat(), model.chat()
+    for each in (conversation, whole):
+        each.send("hello", max_new_tokens=8)
+    session = conversation._session
+    grown = []
+
+    def refuse(*sizes):
+        grown.append(sizes)
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with monkeypatch.context() as patch:
+        if where == "draft":
+            patch.setattr(session.draft, "resize", refuse)
+        else:  # the last of all buffers of the cache
+            patch.setattr("coral_spec.cache._grown", refuse)
+            patch.setattr("coral_spec.cache.StaticCache.allocate", refuse)
+        with pytest.raises(UsageError, match=r"no memory to grow the cache from \d+ to \d+ tokens"):
+            conversation.send("a longer turn " * 20, max_new_tokens=60)
+    assert grown
+    wanted = whole.send("a longer turn " * 20, max_new_tokens=60)
+    assert conversation.send("a longer turn " * 20, max_new_tokens=60).token_ids == wanted.token_ids
+
+
 @pytest.mark.parametrize("draft", ["none", "drafter"])
 def test_rows_of_a_prefix_are_the_answers_to_their_seeds(draft, tmp_path):
     target = tiny_target("mistral-window")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from coral_spec.model import load
 from coral_spec.sampling import Sampling
+from coral_spec.statistics import Stopwatch
 from coral_spec.tree import TreeShape
 from drafting import PROMPT, OracleDraft, clear_target, drafting_model
 from tiny import ARCHITECTURES, tiny_target
@@ -124,3 +125,31 @@ def test_what_dropped_rounds_left_behind_survives_growing(tmp_path):
     before = session.cache.store(0).keys[:, :, :length].clone()
     session.reserve(500)
     assert torch.equal(session.cache.store(0).keys[:, :, :length], before)
+
+
+def test_a_round_that_was_interrupted_while_it_was_read_is_kept_when_growing(tmp_path):
+    model = drafting_model(clear_target("llama"), tmp_path)
+    session = model.session(60)
+    with torch.inference_mode():
+        logits, features = session.prefill(PROMPT)
+        seeds = torch.zeros(1, dtype=torch.long)
+        session.begin(logits, features, 0, Sampling(), seeds)
+        session.launch(Sampling(), seeds)
+        session._ready.clear()  # as Ctrl-C leaves it when it comes between two lines of `collect`
+        session.reserve(200)
+        assert session.filled == int(session.lengths.max())
+        assert all(bool(store.keys[:, :, session.filled - 1].any()) for store in session.cache.stores.values())
+
+
+def test_room_doubles_when_it_grows(tmp_path):
+    session = drafting_model(clear_target("llama"), tmp_path).session(60)
+    session.reserve(61)
+    assert session.room == 120
+
+
+@pytest.mark.parametrize("shape", [TreeShape(6, 1, 3), TreeShape(4, 3, 12), TreeShape(5, 4, 5)])
+def test_ngram_trees_keep_to_their_budget(shape):
+    draft = load(clear_target("llama"), draft="ngram", tree=shape)._make_draft(shape)
+    tree = draft.propose(torch.tensor([[7, 8, 9, 10, 11] * 8]), torch.tensor([30]), 30, Stopwatch(torch.device("cpu")))
+    assert draft.rows <= shape.budget + 1
+    assert tree.tokens.shape[1] <= shape.budget + 1

@@ -92,7 +92,11 @@ def test_statistics_add_up(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limits", [{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0}, {"top_k": -2}, {"seed": 2**70}]
+    "limits",
+    [
+        *[{"max_new_tokens": 0}, {"temperature": -0.1}, {"top_p": 0}, {"top_k": -2}, {"seed": 2**70}],
+        *[{"max_new_tokens": 2.5}, {"temperature": "a"}, {"top_p": None}, {"top_k": 1.0}, {"seed": "0"}],
+    ],
 )
 def test_limits_out_of_range_are_refused(plain, limits):
     with pytest.raises(UsageError):

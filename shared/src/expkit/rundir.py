@@ -21,6 +21,7 @@ from expkit.config import flatten, to_toml
 from expkit.errors import UsageError
 from expkit.metrics import MetricsWriter, truncate
 
+_SOURCE = Path(__file__).resolve().parent
 _WATCHED = ("torch", "transformers", "safetensors", "numpy", "triton")
 
 
@@ -78,8 +79,8 @@ def evidence(seed: int | None = None) -> dict[str, Any]:
     """What a figure needs beside it: call it when the work starts and put the keys into the JSON.
 
     Returns:
-        command (as a user would type it), seed, versions, hardware, git (of the current folder, or None) and
-        started (UTC, ISO 8601).
+        command (as a user would type it), seed, versions, hardware, git (of the current folder, else of the one
+        that this code lies in, else None) and started (UTC, ISO 8601).
     """
     return {
         "command": _command(),
@@ -179,13 +180,15 @@ def _memory() -> int | None:
 
 
 def _git() -> dict[str, Any] | None:
-    try:
-        sha = _run_git("rev-parse", "HEAD")
-        return {"sha": sha, "dirty": bool(_run_git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    for folder in (Path(), _SOURCE):
+        try:
+            sha = _run_git(folder, "rev-parse", "HEAD")
+            return {"sha": sha, "dirty": bool(_run_git(folder, "status", "--porcelain", "--untracked-files=no"))}
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
 
 
-def _run_git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=10)
+def _run_git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10)
     return done.stdout.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -81,6 +82,16 @@ class Request:
     record_logits: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            ("max_new_tokens", int),
+            ("seed", int),
+            ("top_k", int),
+            ("top_p", Real),
+            ("temperature", Real),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                what = "whole number" if kind is int else "number"
+                raise UsageError(f"{name} is {getattr(self, name)!r}, needed a {what}")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, needed at least 1")
         if not 0 <= self.seed < 2**63:
@@ -224,6 +235,7 @@ class Answer:
             prefill_seconds=self._prefill_seconds,
             accept_lengths=self._accepted,
             depth=session.draft.depth,
+            tree=None if session.draft.shape is None else str(session.draft.shape),
             time_split=self._watch.split(self._shares) if self._watch else {},
             cache_bytes=session.nbytes(),
             memory_bytes=peak_memory(session.device),

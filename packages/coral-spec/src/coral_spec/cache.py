@@ -8,6 +8,7 @@ the attention mask (`coral_spec.masks`), and the caller says which slots are wri
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from typing import Any
 
 import torch
@@ -54,14 +55,9 @@ class SlotStore:
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """Room for ``batch`` rows of ``capacity`` slots, keeping the first ``filled``.
 
-        A single row is repeated; surplus rows are dropped.
+        A single row is repeated; surplus rows are dropped. Without memory for it nothing has changed.
         """
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if old is not None:
-                new = old.new_zeros((batch, old.shape[1], capacity, old.shape[3]))
-                new[:, :, :filled] = old[:batch, :, :filled]
-                setattr(self, name, new)
+        self.keys, self.values = [_grown(each, batch, capacity, filled) for each in (self.keys, self.values)]
         self.capacity = capacity
 
     def nbytes(self) -> int:
@@ -72,6 +68,14 @@ class SlotStore:
 def cache_argument(module: nn.Module) -> str:
     """What ``module.forward`` calls its cache: transformers 5.24 renamed ``past_key_values`` to ``cache``."""
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _grown(old: Tensor | None, batch: int, capacity: int, filled: int) -> Tensor | None:
+    if old is None:
+        return None
+    new = old.new_zeros((batch, old.shape[1], capacity, old.shape[3]))
+    new[:, :, :filled] = old[:batch, :, :filled]
+    return new
 
 
 def _scatter(states: Tensor, slots: Tensor, new: Tensor) -> None:
@@ -166,17 +170,17 @@ class StaticCache(Cache):
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :meth:`SlotStore.resize`."""
-        self.capacity, self._addresses = capacity, None
+        grown = StaticCache(capacity)
         if self._joint is not None and batch == 1:
-            old, self._joint = self._joint, None
-            self.stores.clear()
-            self.allocate(old.shape[0] // 2, old.shape[1], old.shape[3], old)
-            assert self._joint is not None
-            self._joint[:, :, :filled] = old[:, :, :filled]
-            return
-        self._joint = None
-        for store in self.stores.values():
-            store.resize(batch, capacity, filled)
+            grown.allocate(self._joint.shape[0] // 2, self._joint.shape[1], self._joint.shape[3], self._joint)
+            assert grown._joint is not None
+            grown._joint[:, :, :filled] = self._joint[:, :, :filled]
+        else:
+            for layer, store in self.stores.items():
+                grown.stores[layer] = copy(store)
+                grown.stores[layer].resize(batch, capacity, filled)
+        self.capacity, self._addresses = capacity, None
+        self.stores, self._joint = grown.stores, grown._joint  # only now, when there was memory for all of it
 
     def nbytes(self) -> int:
         """Bytes held by all layers."""

@@ -87,6 +87,7 @@ class Prefix:
     def __init__(self, model: Model, ids: list[int], capacity: int) -> None:
         self._model = model
         self._session = model.session(len(ids) + capacity)
+        self._session.watch = self._session.watch.silent()  # nobody reads how long it takes
         self._length = len(ids)
         with torch.inference_mode():
             self.logits, self._features = self._session.prefill(ids)

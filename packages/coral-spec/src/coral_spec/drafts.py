@@ -102,14 +102,14 @@ class NgramDraft:
     common beginnings are merged. A match that reaches into the newest tokens is continued periodically.
 
     Args:
-        shape: at most ``width`` chains of ``depth`` tokens, and no more than ``budget`` tokens.
+        shape: at most ``width`` chains of ``depth`` tokens, fewer or shorter where ``budget`` tokens are less.
         longest, shortest: n of the longest and shortest match.
     """
 
     def __init__(self, shape: TreeShape, longest: int = 4, shortest: int = 2) -> None:
         self.shape: TreeShape | None = shape
-        self.depth = shape.depth
-        self.width = max(1, min(shape.width, shape.budget // shape.depth))
+        self.depth = min(shape.depth, shape.budget)
+        self.width = max(1, min(shape.width, shape.budget // self.depth))
         self.longest, self.shortest = longest, shortest
         self.slack = self.rows = self.depth * self.width + 1
 

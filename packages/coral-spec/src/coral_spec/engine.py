@@ -7,6 +7,7 @@ the acceptance of `coral_spec.sampling`.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from coral_spec.masks import chain_ancestors
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Stopwatch
 from coral_spec.tree import Acceptance, accept
+from expkit.errors import UsageError
 
 CAPTURED_PROMPT = 384  # longer prompts are read in larger pieces, operation by operation
 
@@ -59,8 +61,7 @@ class Session:
         self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
         self.history = torch.zeros(1, self.capacity, dtype=torch.long, device=self.device)
         self.watch = Stopwatch(self.device)
-        served = draft.rows <= kernels.MAX_ROWS and backbone.target.dtype in kernels.DTYPES and bool(backbone.layers)
-        self.graphs = Graphs(self) if served and kernels.available(self.device) else None
+        self.graphs = Graphs(self) if _served(backbone, draft) and kernels.available(self.device) else None
         self.busy = False
         self._ready: list[tuple[Tensor, Tensor | None]] = []
         self._filled = 0
@@ -86,19 +87,33 @@ class Session:
         """Tokens that it holds."""
         return self.capacity - self._margin
 
+    @property
+    def reach(self) -> int:
+        """No less than ``lengths`` ever are: rounds that are under way may go past the room."""
+        return self.room + self.draft.depth + 1
+
     def reserve(self, capacity: int) -> None:
-        """Grow to hold ``capacity`` tokens, keeping what is cached."""
-        needed = capacity + self._margin
-        if needed <= self.capacity:
+        """Grow to hold ``capacity`` tokens, keeping what is cached; twice the room at least, as growing costs graphs.
+
+        Raises:
+            UsageError: there is no memory for it. What was cached is still there.
+        """
+        if capacity <= self.room:
             return
+        capacity = max(capacity, min(2 * self.room, self.backbone.context_length))
         self.settle()
-        batch, filled = self.history.shape[0], self._filled
-        self.cache.resize(batch, needed, filled)
-        self.draft.resize(batch, needed, filled)
-        self.history = torch.nn.functional.pad(self.history, (0, needed - self.capacity))
+        batch, filled, needed = self.history.shape[0], self._filled, capacity + self._margin
+        try:
+            if self.graphs is not None:
+                self.graphs.forget()  # first, because buffers move
+            self.cache.resize(batch, needed, filled)
+            self.draft.resize(batch, needed, filled)
+            self.history = torch.nn.functional.pad(self.history, (0, needed - self.capacity))
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error):
+                raise
+            raise UsageError(f"there is no memory to grow the cache from {self.room} to {capacity} tokens") from error
         self.capacity = needed
-        if self.graphs is not None:
-            self.graphs.forget()
 
     def repeat(self, batch: int) -> None:
         """``batch`` rows equal to the first one."""
@@ -246,10 +261,10 @@ class Session:
 
     def settle(self) -> None:
         """Let go of rounds that were begun and never collected; their tokens stay in the caches, unseen."""
-        under_way = bool(self._ready) if self.graphs is None else self.graphs.settle()
         self._ready.clear()
-        if under_way:
-            self._filled = int(self.lengths.max())
+        if self.graphs is not None:
+            self.graphs.settle()
+        self._filled = int(self.lengths.max())  # a round that was interrupted while it was read counts too
 
     def shares(self) -> dict[str, float]:
         """Of a captured round's time, by part; empty where none was timed."""
@@ -262,3 +277,17 @@ class Session:
     def nbytes(self) -> int:
         """Bytes of the target's cache."""
         return self.cache.nbytes()
+
+
+def _served(backbone: Backbone, draft: Draft) -> bool:
+    """Whether kernels serve everything that a round does; on a GPU a warning says why they do not."""
+    dtype = str(backbone.target.dtype).removeprefix("torch.")
+    reasons = {
+        f"a tree of {draft.rows - 1} tokens is larger than {kernels.MAX_ROWS - 1}": draft.rows > kernels.MAX_ROWS,
+        f"{dtype} is not bf16 or fp32": backbone.target.dtype not in kernels.DTYPES,
+        "layers of this architecture are not taken apart": not backbone.layers,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found and backbone.target.device.type == "cuda":
+        warnings.warn(f"{found[0]}: rounds are launched one operation at a time, many times as slow", stacklevel=3)
+    return not found

@@ -166,12 +166,10 @@ class Graphs:
         """Rounds that were launched and not collected."""
         return len(self._flying)
 
-    def settle(self) -> bool:
-        """Wait for what is under way and drop it; whether there was anything."""
-        under_way = bool(self._flying)
+    def settle(self) -> None:
+        """Wait for what is under way and drop it."""
         while self._flying:
             self.collect()
-        return under_way
 
     def forget(self) -> None:
         """Drop all graphs: buffers have moved."""
@@ -182,7 +180,7 @@ class Graphs:
 
     def _run(self, sampling: Sampling, keep_logits: bool) -> tuple[Tensor, Tensor | None]:
         session = self._session
-        return session.advance(sampling, self._seeds, keep_logits, session.room)
+        return session.advance(sampling, self._seeds, keep_logits, session.reach)
 
     def _round(self, sampling: Sampling, keep_logits: bool, timed: bool) -> _Round | None:
         sampling = Sampling() if sampling.greedy else sampling

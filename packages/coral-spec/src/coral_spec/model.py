@@ -60,7 +60,8 @@ def load(
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16``, ``fp16`` or ``fp32``.
         tree: shape of the draft tree; by default the one that is expected to be fastest on this machine, by step times
             (measured for a second or two the first time) and the drafter's acceptance, chosen anew between answers when
-            acceptance departs from what was expected. It is no drafting at all where none would pay.
+            acceptance departs from what was expected (a conversation keeps the one it began with). It is no drafting
+            at all where none would pay. For n-grams it is a fixed one, which is not measured.
         head: what the drafter proposes from: ``full``, ``frequency`` or a number of the most frequent rows, ``routed``
             or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed, frequency
             and full that the drafter's folder has the files for.
@@ -163,7 +164,7 @@ class Model:
 
     def note(self, session: Session, accept_lengths: list[int]) -> None:
         """Remember the rounds of an answer for :meth:`learn`."""
-        if self.tuner is not None:
+        if self.tuner is not None and accept_lengths:
             self._noted.append((session.draft.shape, accept_lengths))
 
     def learn(self) -> None:

@@ -23,9 +23,10 @@ class Statistics:
         prefill_seconds: until the first token.
         accept_lengths: draft tokens accepted in each round; a round is one target forward after prefill.
         depth: levels of the draft tree.
+        tree: its shape, as ``--tree`` takes it; None without one.
         time_split: seconds in ``target``, ``drafter``, ``head`` (of the drafter) and ``rest``. Where rounds are
-            captured as CUDA graphs, one of every 32 is timed part by part and stands for the others; the rounds of an
-            answer that had none of these are one part, ``rounds``.
+            captured as CUDA graphs, one of every 32 is timed part by part, and what was timed so far, in earlier
+            answers of the same caches too, stands for all; before any was, rounds are one part, ``rounds``.
         cache_bytes: bytes held by the key-value caches.
         memory_bytes: most bytes held so far by the process: those that torch allocated on a GPU, or resident ones.
         rows_per_round: head rows that the drafter read in a round, all levels together; 0 without a drafter.
@@ -40,6 +41,7 @@ class Statistics:
     accept_lengths: list[int]
     depth: int
     time_split: dict[str, float]
+    tree: str | None = None
     cache_bytes: int = 0
     memory_bytes: int = 0
     rows_per_round: int = 0

@@ -51,6 +51,7 @@ def test_bench_writes_figures_and_a_chart_and_leaves_no_partial_file(folder: str
     assert {"method", "task", "temperature", "tokens_per_second", "tau", "tau_prompts", "speedup", "identical"} < (
         first.keys()
     )
+    assert [sum(run["trees"].values()) for run in figures["runs"]] == [0, 0, first["prompts"]]
     assert first["speedup"].keys() == {"ar", "hf"} and first["identical"] in ("exact", "ties")
     assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.png", "out-drafting.png"}
 

@@ -131,3 +131,44 @@ def test_captured_rounds_tell_where_their_time_goes(tmp_path):
     split = model.generate(PROMPT, max_new_tokens=90, ignore_eos=True).statistics.time_split
     assert set(split) == {"target", "drafter", "head", "rest"}
     assert all(seconds > 0 for seconds in split.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("limit", range(18, 26))
+def test_rounds_that_are_under_way_at_the_end_of_the_room_stay_inside(limit):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft="ngram", tree=TreeShape(6, 3, 18))
+    session = model.session(len(PROMPT) + limit)
+    session.capacity -= session.room - len(PROMPT) - limit  # no larger than it must be
+    answer = model.stream(PROMPT, max_new_tokens=limit, ignore_eos=True)
+    answer._session = session
+    list(answer)
+    torch.cuda.synchronize()
+    expected = load(target, draft="none").generate(PROMPT, max_new_tokens=limit, ignore_eos=True).token_ids
+    assert answer.result().token_ids == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_without_memory_for_a_graph_rounds_are_launched_and_a_warning_says_so(monkeypatch, tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    drafter = str(save_drafter(target, tmp_path))
+    model = load(target, draft=drafter, tree=TreeShape(2, 2, 4))
+    expected = load(target, draft="none").generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids
+
+    def refuse(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    with pytest.warns(UserWarning, match="not captured.*no memory"):
+        assert model.generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids == expected
+    assert model.generate(PROMPT, max_new_tokens=30, ignore_eos=True).token_ids == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_tree_too_large_for_kernels_is_said():
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    with pytest.warns(UserWarning, match="a tree of 64 tokens is larger than 63"):
+        load(target, draft="ngram", tree=TreeShape(8, 8, 64)).session(64)

@@ -62,6 +62,7 @@ class Answer:
         accept_lengths: draft tokens accepted per target forward after prefill; None where nothing is drafted by
             design (`hf`).
         depth: levels of the draft tree, 0 without one.
+        tree: its shape; None without one.
         time_split: seconds by part; empty where the method does not tell.
         logits: ``(len(ids), vocab)`` in fp32, when asked for.
         telemetry: `rows_per_round` and `router_recall` (`coral_spec.statistics`), where there are such things.
@@ -71,6 +72,7 @@ class Answer:
     seconds: float
     accept_lengths: list[int] | None = None
     depth: int = 0
+    tree: str | None = None
     time_split: dict[str, float] = field(default_factory=dict)
     logits: Tensor | None = None
     telemetry: dict[str, float] = field(default_factory=dict)
@@ -174,6 +176,7 @@ class EngineMethod:
             seconds=seconds,
             accept_lengths=list(statistics.accept_lengths),
             depth=statistics.depth,
+            tree=statistics.tree,
             time_split=dict(statistics.time_split),
             logits=done.logits,
             telemetry=statistics.telemetry,

@@ -25,6 +25,7 @@ class Record:
         seconds: one value per repeat, prefill included.
         accept_lengths: draft tokens accepted per target forward after prefill; None where there is no draft at all.
         depth: levels of the draft tree.
+        tree: its shape; None without one.
         time_split: seconds by part, of the repeat that took the median time.
         telemetry: see `coral_spec.bench.methods.Answer`.
         noise, distance: of the answer's logits against fp32 (`coral_spec.check.noise`), where speed was not measured
@@ -39,6 +40,7 @@ class Record:
     seconds: list[float]
     accept_lengths: list[int] | None = None
     depth: int = 0
+    tree: str | None = None
     time_split: dict[str, float] = field(default_factory=dict)
     telemetry: dict[str, float] = field(default_factory=dict)
     noise: float | None = None

@@ -174,6 +174,7 @@ def make_record(task: str, prompt: str, method: str, prompt_tokens: int, answers
         seconds=[answer.seconds for answer in answers],
         accept_lengths=middle.accept_lengths,
         depth=middle.depth,
+        tree=middle.tree,
         time_split=middle.time_split,
         telemetry=middle.telemetry,
     )

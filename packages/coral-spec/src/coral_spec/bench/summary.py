@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ DEFINITIONS = {
     "tokens_per_second": "all new tokens over all decoding time, prefill included; the median repeat of every prompt",
     "tau": "tokens per target forward after prefill, before truncation at a stop or the limit; mean over rounds",
     "tau_prompts": "the same, mean over prompts",
+    "trees": "shapes of the draft tree, and for how many answers",
     "depth_acceptance": "at each tree level, the accepted share of the rounds that had reached it",
     "rows_per_round": "head rows that the drafter read in a round, all tree levels together; mean over rounds",
     "router_recall": "share of the target's tokens, drawn where children were drafted, among the rows read there",
@@ -82,6 +84,7 @@ def _run(
         "tokens": sum(len(record.ids) for record in records),
         "seconds": sum(record.median_seconds for record in records) if timed else None,
         "rounds": len(rounds) if records[0].accept_lengths is not None else None,
+        "trees": Counter(record.tree for record in records if record.tree is not None),
         "depth_acceptance": depth_acceptance(rounds, max(record.depth for record in records)),
         **_telemetry(records),
         "looped": sum(looped(record.ids) for record in records) / len(records),
@@ -128,6 +131,7 @@ def _prompt(record: Record, judgement: Judgement | None, timed: bool) -> dict[st
         "tokens": len(record.ids),
         "seconds": record.seconds if timed else None,
         "tau": record.tau,
+        "tree": record.tree,
         "accept_lengths": record.accept_lengths,
         "judgement": vars(judgement) if judgement else None,
     }

@@ -43,7 +43,7 @@ def run(
     ] = None,
 ) -> int:
     """Measure speed and acceptance, and compare greedy answers with plain decoding; 1 when a bug is found."""
-    from coral_spec.bench.methods import EngineMethod, parse_methods
+    from coral_spec.bench.methods import parse_methods
     from coral_spec.bench.runner import Bench, Settings, open_partial, read_questions
 
     settings = Settings(
@@ -62,8 +62,8 @@ def run(
         limit=limit,
     )
     questions = read_questions(tasks, prompts, limit, data_dir)  # wrong use is told before anything is loaded
-    _require_file_name("json", json, ".json")
-    _require_file_name("plot", plot, ".png")
+    options.require_file_name("json", json, ".json")
+    options.require_file_name("plot", plot, ".png")
 
     from rich.console import Console
 
@@ -99,8 +99,7 @@ def run(
     precision = str(target.dtype).removeprefix("torch.")
     Console().print(table(runs))
     if json is not None:
-        trees = {each.name: str(each.model.tree) for each in bench.methods if isinstance(each, EngineMethod)}
-        about = {"device": str(target.device), "dtype": precision, "trees": trees, "definitions": DEFINITIONS}
+        about = {"device": str(target.device), "dtype": precision, "definitions": DEFINITIONS}
         write_json(json, {"runs": runs, "settings": {**vars(settings), **about}, **proof})
         console().print(f"figures: {json}", soft_wrap=True)
     if plot is not None:
@@ -112,12 +111,3 @@ def run(
         console().print(f"charts: {plot}, {telemetry}", soft_wrap=True)
     partial.remove()
     return 1 if any(each["identical"] == "bug" for each in runs) else 0
-
-
-def _require_file_name(option: str, path: Path | None, ending: str) -> None:
-    from expkit.errors import UsageError
-
-    if path is not None and path.suffix.lower() != ending:
-        raise UsageError(f"--{option} is {path}, needed a file name that ends in {ending}")
-    if path is not None and not path.parent.is_dir():
-        raise UsageError(f"--{option} is {path}, but there is no folder {path.parent}")

@@ -41,8 +41,7 @@ def run(
         raise UsageError(f"temperature is {temperature}, needed above 0 (greedy decoding is always checked too)")
     if draft == "none":
         raise UsageError("draft is 'none', which is the baseline itself; needed auto, ngram or a folder")
-    if json is not None and not json.parent.is_dir():
-        raise UsageError(f"--json is {json}, but there is no folder {json.parent}")
+    options.require_file_name("json", json, ".json")
     questions = (read_prompts(prompts) if prompts is not None else load_task("sample"))[:limit]
 
     from rich.console import Console

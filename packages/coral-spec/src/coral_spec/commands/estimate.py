@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def run(
     model: options.Model = "smollm2-135m",
-    rows: Annotated[int, typer.Option(help="Rows of the reduced head, from 64 on.")] = 8192,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows of the reduced head, from 64 on; the default of --head.")
+    ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     json: options.Json = None,
@@ -24,16 +26,16 @@ def run(
     """Time the model and an untrained drafter of its sizes, and say what speed-up to expect; nothing is trained."""
     from expkit.errors import UsageError
 
-    if rows < 64:
+    if rows is not None and rows < 64:
         raise UsageError(f"rows is {rows}, needed at least 64")
-    if json is not None and not json.parent.is_dir():
-        raise UsageError(f"--json is {json}, but there is no folder {json.parent}")
+    options.require_file_name("json", json, ".json")
 
     from dataclasses import asdict
 
     from rich.console import Console
 
     from coral_spec.backbone import Backbone
+    from coral_spec.heads.choose import FREQUENT_ROWS
     from coral_spec.model import acceptance_profile, bundled_drafter
     from coral_spec.targets import load_target
     from coral_spec.tuning.choose import TYPICAL
@@ -47,6 +49,7 @@ def run(
     target = load_target(model, device=device, dtype=dtype)
     bundled = bundled_drafter(target)
     disturbance = Disturbance()
+    rows = rows or FREQUENT_ROWS[target.device.type]
     found = estimate(Backbone(target), rows, lambda count: acceptance_profile(bundled, count))
     disturbed = disturbance()
     own = found.heads["full"].acceptance.tau(REFERENCE, TYPICAL) if bundled else None

@@ -37,6 +37,7 @@ def run(
     from expkit.checkpoint import write_json
     from expkit.rundir import evidence
 
+    options.require_file_name("json", json, ".json")
     limits = Limits(
         max_new_tokens=max_new_tokens,
         temperature=temperature,

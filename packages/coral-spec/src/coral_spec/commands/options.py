@@ -53,6 +53,23 @@ def parse_head(text: str) -> str | int:
     return int(text) if text.isdigit() else text
 
 
+def require_file_name(option: str, path: Path | None, ending: str) -> None:
+    """UsageError for a file that could not be written, before anything is done.
+
+    Args:
+        option: without its dashes.
+        ending: of the file's name.
+    """
+    from expkit.errors import UsageError
+
+    if path is not None and path.suffix.lower() != ending:
+        raise UsageError(f"--{option} is {path}, needed a file name that ends in {ending}")
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"--{option} is {path}, but there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise UsageError(f"--{option} is {path}, which is a folder")
+
+
 @contextmanager
 def interruptible() -> Iterator[Any]:
     """While open, Ctrl-C asks the running answer to end (yielded: the question); a second one stops at once."""

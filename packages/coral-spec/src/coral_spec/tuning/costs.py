@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from coral_spec import __version__
+from coral_spec import __version__, kernels
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import DrafterConfig
 from coral_spec.engine import Session
@@ -221,7 +221,9 @@ def costs_key(backbone: Backbone, drafter: DrafterConfig, head_rows: int) -> dic
     cuda = target.device.type == "cuda"
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     return {
-        "target": [target.name, config.model_type, config.num_hidden_layers, backbone.vocab_size],
+        "target": [target.name, config.model_type, config.num_hidden_layers, backbone.hidden_size, backbone.vocab_size],
+        "layers": bool(backbone.layers),
+        "kernels": kernels.available(target.device),
         "drafter": [getattr(drafter, name) for name in sizes],
         "head_rows": head_rows,
         "device": torch.cuda.get_device_name(target.device) if cuda else cpu_name(),
