@@ -19,7 +19,11 @@ Draft = Annotated[
     str, typer.Option(help="auto (the bundled drafter, else ngram), none, ngram, or the folder of a drafter.")
 ]
 Tree = Annotated[
-    str, typer.Option(help="auto (what should be fastest here), or DEPTH,WIDTH,BUDGET of the draft tree: 6,10,60.")
+    str,
+    typer.Option(
+        help="auto (what should be fastest here; n-grams have a fixed one), or DEPTH,WIDTH,BUDGET of the draft tree: "
+        "6,10,60."
+    ),
 ]
 Head = Annotated[
     str,
