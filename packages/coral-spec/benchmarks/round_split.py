@@ -2,10 +2,10 @@
 
     python packages/coral-spec/benchmarks/round_split.py --json packages/coral-spec/results/round-split.json
 
-The same prompt, drafter and tree in every form (in bf16 answers may part at ties): the model's own classes launched operation by operation; layers in fewer
-operations; on a GPU the Triton kernels, then rounds captured as CUDA graphs, then kernels that start while the one in
-front of them ends. The host's share is what a round takes beyond the replay of its graph. Writes a picture beside the
-JSON. `--quick`: few rounds.
+The same prompt, drafter and tree in every form (in bf16 answers may part at ties): the model's own classes launched
+operation by operation; layers in fewer operations; on a GPU the Triton kernels, then rounds captured as CUDA graphs,
+then kernels that start while the one in front of them ends. The host's share is what a round takes beyond the replay of
+its graph. Writes a picture beside the JSON. `--quick`: few rounds.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import torch
 
 from coral_spec.model import load
 from coral_spec.sampling import Sampling
+from coral_spec.tree import TreeShape
 from drafting import drafting_model
 from expkit.errors import UsageError
 from tiny import tiny_target
@@ -21,6 +22,17 @@ def test_a_kept_cache_answers_like_a_fresh_one(architecture, tmp_path):
         answer = conversation.send(text, max_new_tokens=24)
         assert answer.token_ids == model.generate(before, max_new_tokens=24).token_ids
         assert conversation.messages[-1] == {"role": "assistant", "content": answer.text}
+
+
+def test_a_later_turn_takes_a_better_tree(tmp_path):
+    model = drafting_model(tiny_target("llama", context=2048), tmp_path)
+    conversation = model.chat()
+    for shape in (TreeShape(2, 2, 4), TreeShape(4, 3, 12)):
+        model._tree = shape
+        messages = [*conversation.messages, {"role": "user", "content": "go on"}]
+        answer = conversation.send("go on", max_new_tokens=24)
+        assert answer.statistics.tree == str(shape)
+        assert answer.token_ids == model.generate(messages, max_new_tokens=24).token_ids
 
 
 def test_a_later_turn_prefills_only_what_is_new(tmp_path, monkeypatch):

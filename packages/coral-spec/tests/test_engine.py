@@ -153,3 +153,27 @@ def test_ngram_trees_keep_to_their_budget(shape):
     tree = draft.propose(torch.tensor([[7, 8, 9, 10, 11] * 8]), torch.tensor([30]), 30, Stopwatch(torch.device("cpu")))
     assert draft.rows <= shape.budget + 1
     assert tree.tokens.shape[1] <= shape.budget + 1
+
+
+def test_another_tree_goes_on_from_what_is_cached(tmp_path):
+    target = clear_target("llama")
+    model = drafting_model(target, tmp_path)
+    plain = load(target, draft="none").generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids
+    session = model.session(100)
+    with torch.inference_mode():
+        seeds = torch.zeros(1, dtype=torch.long)
+        tokens = session.begin(*session.prefill(PROMPT), 0, Sampling(), seeds)
+        for shape in (TreeShape(2, 2, 4), TreeShape(4, 3, 12), TreeShape(1, 1, 1), TreeShape(2, 2, 4)):
+            assert session.redraft(model._make_draft(shape))
+            assert session.draft.shape == shape
+            lengths = [len(session.round(Sampling(), seeds).tokens[0]) for _ in range(3)]
+            assert max(lengths) <= shape.depth + 1
+        tokens = session.history[0, len(PROMPT) : session.filled + 1].tolist()
+        assert tokens == plain[: len(tokens)] and len(tokens) > 12
+
+
+def test_a_drafter_cannot_take_over_what_it_has_not_seen(tmp_path):
+    target = clear_target("llama")
+    session = load(target, draft="none").session(60)
+    assert not session.redraft(drafting_model(target, tmp_path)._make_draft(TreeShape(2, 2, 4)))
+    assert session.draft.shape is None

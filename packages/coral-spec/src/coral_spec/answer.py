@@ -197,7 +197,7 @@ class Answer:
                     break
                 session.launch(sampling, seeds, request.record_logits)
                 ahead += 1
-            self._model.learn()
+            self._model.learn(session)
             outcome = session.collect()
             ahead -= 1
             tokens = outcome.tokens[0]

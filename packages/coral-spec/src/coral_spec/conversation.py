@@ -35,6 +35,8 @@ class Conversation:
         request = Request(**limits)
         if self._session is None:
             self._session = self.model.session(min(len(ids) + request.max_new_tokens, self.model.context_length))
+        elif not self._session.busy:
+            self.model.adapt(self._session)  # a better tree, if there is one by now
         return Turn(self, messages, Answer(self.model, ids, request, self._session, lambda: self._shared(ids)))
 
     def send(self, text: str, **limits: Unpack[Limits]) -> Generation:

@@ -34,6 +34,10 @@ class Draft(Protocol):
     slack: int
     rows: int
 
+    def follow(self, other: Draft) -> bool:
+        """Go on where ``other`` stands, sharing what it has cached; False where that can't be."""
+        ...
+
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """Make room for ``batch`` rows (a single row is repeated) of ``capacity`` slots, keeping ``filled``."""
         ...
@@ -76,6 +80,10 @@ class NoDraft:
     depth = 0
     slack = rows = 1
 
+    def follow(self, other: Draft) -> bool:
+        """Nothing is cached."""
+        return True
+
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """Nothing is kept."""
 
@@ -112,6 +120,10 @@ class NgramDraft:
         self.width = max(1, min(shape.width, shape.budget // self.depth))
         self.longest, self.shortest = longest, shortest
         self.slack = self.rows = self.depth * self.width + 1
+
+    def follow(self, other: Draft) -> bool:
+        """The engine keeps the history."""
+        return True
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """The engine keeps the history."""
@@ -204,6 +216,13 @@ class DrafterDraft:
         self._start = Start(shape.width, device)
         self._seen = torch.zeros(2, dtype=torch.long, device=backbone.target.device)  # see ProposalHead.seen
         self._proposed = False
+
+    def follow(self, other: Draft) -> bool:
+        """See :class:`Draft`: another tree of the same drafter."""
+        if not isinstance(other, DrafterDraft) or other._layers is not self._layers:
+            return False
+        self._store, self._feature, self._seen = other._store, other._feature, other._seen
+        return True
 
     def resize(self, batch: int, capacity: int, filled: int) -> None:
         """See :class:`Draft`."""

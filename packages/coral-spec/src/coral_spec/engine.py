@@ -21,7 +21,7 @@ from coral_spec.graphs import AHEAD, PROMPT_ROWS, Graphs
 from coral_spec.masks import chain_ancestors
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Stopwatch
-from coral_spec.tree import Acceptance, accept
+from coral_spec.tree import Acceptance, TreeShape, accept
 from expkit.errors import UsageError
 
 CAPTURED_PROMPT = 384  # longer prompts are read in larger pieces, operation by operation
@@ -53,8 +53,6 @@ class Session:
     def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
         self.backbone, self.draft = backbone, draft
         self.device = backbone.target.device
-        # Behind the last token that is asked for: rounds under way, or rows of a prompt's last replay.
-        self._margin = max(draft.slack + AHEAD * (draft.depth + 1), PROMPT_ROWS)
         self.capacity = capacity + self._margin
         self.cache = StaticCache(self.capacity)
         draft.resize(1, self.capacity, 0)
@@ -66,6 +64,27 @@ class Session:
         self._ready: list[tuple[Tensor, Tensor | None]] = []
         self._filled = 0
         self._levels = torch.arange(draft.depth + 1, device=self.device)
+
+    @property
+    def _margin(self) -> int:
+        """Behind the last token that is asked for: rounds under way, or rows of a prompt's last replay."""
+        return max(self.draft.slack + AHEAD * (self.draft.depth + 1), PROMPT_ROWS)
+
+    def redraft(self, draft: Draft) -> bool:
+        """Draft with ``draft`` from now on, keeping what is cached and captured; False where that can't be.
+
+        There may be a little less room afterwards.
+        """
+        if not draft.follow(self.draft):
+            return False
+        self.settle()
+        self.draft = draft
+        self._levels = torch.arange(draft.depth + 1, device=self.device)
+        if not (_served(self.backbone, draft) and kernels.available(self.device)):
+            self.graphs = None
+        elif self.graphs is None:
+            self.graphs = Graphs(self)
+        return True
 
     @property
     def ahead(self) -> int:
@@ -265,6 +284,11 @@ class Session:
         if self.graphs is not None:
             self.graphs.settle()
         self._filled = int(self.lengths.max())  # a round that was interrupted while it was read counts too
+
+    @property
+    def captured(self) -> set[TreeShape | None]:
+        """Trees with rounds that are captured: to change to one of them costs nothing."""
+        return set() if self.graphs is None else self.graphs.shapes
 
     def shares(self) -> dict[str, float]:
         """Of a captured round's time, by part; empty where none was timed."""

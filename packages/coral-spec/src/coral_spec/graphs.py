@@ -19,25 +19,31 @@ from torch import Tensor
 from coral_spec import kernels
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import Stopwatch
+from coral_spec.tree import TreeShape
 
 if TYPE_CHECKING:
     from coral_spec.engine import Session
 
 AHEAD = 2  # rounds that may be under way
-KEPT = 8  # captured rounds of a session: one for each way of sampling
+KEPT = 8  # captured rounds of a session: one for each tree and way of sampling
 PROMPT_ROWS = 64  # tokens of a prompt read by one replay
 TIMED_EVERY = 32  # rounds, of which one is timed part by part
 _Result = TypeVar("_Result")
+_Key = tuple[TreeShape | None, Sampling, bool, bool]
 
 
 @dataclass
 class _Round:
-    """A captured round and where it leaves its results; ``watch`` if it is timed part by part."""
+    """A captured round and where it leaves its results; ``watch`` if it is timed part by part.
+
+    ``uses`` are owners of tensors that the graph reads, which must not be freed before it.
+    """
 
     graph: Any
     packed: Tensor
     logits: Tensor | None
     watch: Stopwatch | None
+    uses: tuple[Any, ...]
 
 
 @dataclass
@@ -59,6 +65,7 @@ class _Absorbed:
     features: Tensor
     start: Tensor
     count: Tensor
+    uses: Any
 
 
 @dataclass
@@ -80,16 +87,12 @@ class Graphs:
 
     def __init__(self, session: Session) -> None:
         self._session: Session = weakref.proxy(session)  # no cycle: caches are freed with the session
-        self._rounds: dict[tuple[Sampling, bool, bool], _Round] = {}
-        self._timed: dict[str, float] = {}
+        self._rounds: dict[_Key, _Round] = {}
+        self._timed: dict[TreeShape | None, dict[str, float]] = {}
         self._prompt: _Prompt | None = None
         self._absorbed: _Absorbed | None = None
         self._seeds = torch.zeros(1, dtype=torch.long, device=session.device)
-        width = session.draft.depth + 2
-        self._landings = [
-            _Landing(torch.empty(1, width, dtype=torch.long, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
-            for _ in range(AHEAD)
-        ]
+        self._landings: list[_Landing] = []
         self._flying: list[_Landing] = []
         self._count = 0
         self._pool: Any = None
@@ -107,7 +110,7 @@ class Graphs:
         else:
             captured.graph.replay()
             packed, logits = captured.packed, captured.logits
-        landing = self._landings[self._count % AHEAD]
+        landing = self._landing(packed.shape[1])
         self._count += 1
         landing.host.copy_(packed, non_blocking=True)
         landing.logits, landing.watch = logits, None if captured is None else captured.watch
@@ -119,14 +122,30 @@ class Graphs:
         landing = self._flying.pop(0)
         landing.done.synchronize()
         if landing.watch is not None:  # before the round is replayed again
+            timed = self._timed.setdefault(self._session.draft.shape, {})
             for part, seconds in landing.watch.split().items():
-                self._timed[part] = self._timed.get(part, 0.0) + seconds
+                timed[part] = timed.get(part, 0.0) + seconds
         return landing.host, landing.logits
+
+    def _landing(self, width: int) -> _Landing:
+        """The next place for the tokens of a round, with room for ``width`` numbers."""
+        if not self._landings or self._landings[0].host.shape[1] != width:  # another depth: nothing is under way
+            self._landings = [
+                _Landing(torch.empty(1, width, dtype=torch.long, pin_memory=True), torch.cuda.Event())  # type: ignore[no-untyped-call]
+                for _ in range(AHEAD)
+            ]
+        return self._landings[self._count % AHEAD]
+
+    @property
+    def shapes(self) -> set[TreeShape | None]:
+        """Trees whose rounds are captured."""
+        return {key[0] for key in self._rounds}
 
     def shares(self) -> dict[str, float]:
         """Of a round's time, by part; empty before a round was timed."""
-        whole = sum(self._timed.values())
-        return {part: seconds / whole for part, seconds in self._timed.items()} if whole else {}
+        timed = self._timed.get(self._session.draft.shape, {})
+        whole = sum(timed.values())
+        return {part: seconds / whole for part, seconds in timed.items()} if whole else {}
 
     def prefill(self, tokens: Tensor, begin: int) -> Tensor | None:
         """Features of ``tokens (1, n)`` from position ``begin`` on, some rows a replay; None without a graph."""
@@ -184,17 +203,18 @@ class Graphs:
 
     def _round(self, sampling: Sampling, keep_logits: bool, timed: bool) -> _Round | None:
         sampling = Sampling() if sampling.greedy else sampling
-        key = sampling, keep_logits, timed
+        session = self._session
+        key = session.draft.shape, sampling, keep_logits, timed
         if key in self._rounds:
             self._rounds[key] = self._rounds.pop(key)  # the last one is the one used last
         else:
-            watch = self._session.watch.for_graph() if timed else None
-            known = (sampling, keep_logits, not timed) in self._rounds  # then everything is compiled
+            watch = session.watch.for_graph() if timed else None
+            known = (session.draft.shape, sampling, keep_logits, not timed) in self._rounds  # then all is compiled
             found = self._capture(lambda: self._run(sampling, keep_logits), watch, warm_up=not known)
             if found is not None:
                 while len(self._rounds) >= KEPT:  # requests may come with ever new temperatures
                     del self._rounds[next(iter(self._rounds))]
-                self._rounds[key] = _Round(found[0], *found[1], watch)
+                self._rounds[key] = _Round(found[0], *found[1], watch, (session.draft, session._levels))
         return self._rounds.get(key)
 
     def _prompt_rows(self) -> _Prompt | None:
@@ -215,7 +235,7 @@ class Graphs:
             start, count = session.lengths.clamp(max=session.room), torch.ones_like(session.lengths)
             found = self._capture(lambda: session.draft.absorb(tokens, features, start, count, session.room))
             if found is not None:
-                self._absorbed = _Absorbed(found[0], tokens, features, start, count)
+                self._absorbed = _Absorbed(found[0], tokens, features, start, count, session.draft)
         return self._absorbed
 
     def _capture(

@@ -36,7 +36,6 @@ GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 OTHER_HEADS = ("routed", "low-rank")  # whose cost is not that of so many rows in one piece
 SMALLEST_SESSION = 1024  # tokens, on a GPU
-IDLE_SESSIONS = 2  # kept for later answers, for as many shapes of tree
 
 
 def load(
@@ -60,8 +59,8 @@ def load(
         dtype: ``auto`` (bf16 where the hardware has it), ``bf16``, ``fp16`` or ``fp32``.
         tree: shape of the draft tree; by default the one that is expected to be fastest on this machine, by step times
             (measured for a second or two the first time) and the drafter's acceptance, chosen anew between answers when
-            acceptance departs from what was expected (a conversation keeps the one it began with). It is no drafting
-            at all where none would pay. For n-grams it is a fixed one, which is not measured.
+            acceptance departs from what was expected. It is no drafting at all where none would pay. For n-grams it is
+            a fixed one, which is not measured.
         head: what the drafter proposes from: ``full``, ``frequency`` or a number of the most frequent rows, ``routed``
             or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed, frequency
             and full that the drafter's folder has the files for.
@@ -117,7 +116,7 @@ class Model:
         self.head_rows = 0
         self._tree = tree if self.draft_name != "none" else None
         self._make_draft: Callable[[TreeShape | None], Draft] = self._plan(self.draft_name, choice)
-        self._idle: dict[TreeShape | None, Session] = {}
+        self._idle: Session | None = None
         self._noted: list[tuple[TreeShape | None, list[int]]] = []
 
     @property
@@ -167,13 +166,16 @@ class Model:
         if self.tuner is not None and accept_lengths:
             self._noted.append((session.draft.shape, accept_lengths))
 
-    def learn(self) -> None:
+    def learn(self, session: Session) -> None:
         """Learn from the answers so far, so that the next one may have a better tree.
 
         It takes a good part of a millisecond, which costs nothing while the device is busy with a round.
+
+        Args:
+            session: the one that is in use.
         """
         if self.tuner is not None and self._noted:
-            self.tuner.note(*self._noted.pop(0), self._idle.keys())
+            self.tuner.note(*self._noted.pop(0), session.captured)
 
     def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
         """The same target, weights shared, with another draft."""
@@ -237,21 +239,21 @@ class Model:
     def session(self, capacity: int) -> Session:
         """Caches for ``capacity`` tokens: fresh, or on a GPU an ended answer's, graphs included."""
         if self.target.device.type == "cuda":
-            idle = self._idle.pop(self.tree, None)
-            if idle is not None and idle.room >= capacity:
+            idle, self._idle = self._idle, None
+            if idle is not None and self.adapt(idle) and idle.room >= capacity:
                 return idle
             del idle  # its memory may be needed
             capacity = max(SMALLEST_SESSION, 1 << (capacity - 1).bit_length())
         return Session(self._backbone, self._make_draft(self.tree), capacity)
 
+    def adapt(self, session: Session) -> bool:
+        """Whether ``session`` drafts with the tree of the next answer, changed to it if need be."""
+        return session.draft.shape == self.tree or session.redraft(self._make_draft(self.tree))
+
     def release(self, session: Session) -> None:
-        """Keep ``session`` for the next answer with its tree; the largest one stays, of the trees used last."""
+        """Keep ``session`` for the next answer; of several the largest stays."""
         if session.graphs is not None:
-            shape = session.draft.shape
-            other = self._idle.pop(shape, session)
-            self._idle[shape] = max(session, other, key=lambda each: each.room)
-            while len(self._idle) > IDLE_SESSIONS:
-                del self._idle[next(iter(self._idle))]
+            self._idle = max(session, self._idle or session, key=lambda each: each.room)
 
 
 def _require_draft(name: str) -> None:

@@ -172,3 +172,19 @@ def test_a_tree_too_large_for_kernels_is_said():
     target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
     with pytest.warns(UserWarning, match="a tree of 64 tokens is larger than 63"):
         load(target, draft="ngram", tree=TreeShape(8, 8, 64)).session(64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_trees_share_a_session_and_what_it_has_captured(tmp_path):
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(2, 2, 4))
+    expected = load(target, draft="none").generate(PROMPT, max_new_tokens=80, ignore_eos=True).token_ids
+    shapes, graphs = [TreeShape(2, 2, 4), TreeShape(5, 3, 15), TreeShape(3, 2, 6)], set()
+    for shape in [*shapes, *shapes]:
+        model._tree = shape
+        answer = model.generate(PROMPT, max_new_tokens=80, ignore_eos=True)
+        assert answer.token_ids == expected and answer.statistics.tree == str(shape)
+        assert model._idle is not None and shape in model._idle.captured
+        graphs.add(id(model._idle.graphs))
+    assert len(graphs) == 1 and model._idle.captured == set(shapes)

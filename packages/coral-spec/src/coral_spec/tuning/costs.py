@@ -24,6 +24,7 @@ import transformers
 from coral_spec import __version__, kernels
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import DrafterConfig
+from coral_spec.drafts import Draft
 from coral_spec.engine import Session
 from coral_spec.sampling import Sampling
 from coral_spec.tree import TreeShape
@@ -110,7 +111,8 @@ def measure(make_session: MakeSession, *, most_rows: int, cuda: bool = False, se
     shapes = [shape for shape in (CUDA_SHAPES if cuda else SHAPES) if shape.width <= most_rows]
     fastest = time_rounds(make_session, [None, *shapes], seconds=seconds)
     if cuda and len(shapes) == len(CUDA_SHAPES):
-        return replace(_by_depth(fastest), change=_first_round(make_session(shapes[-1])))
+        first, second = map(make_session, shapes)
+        return replace(_by_depth(fastest), change=_change(first, second.draft))
     timed = {shape: milliseconds for shape, milliseconds in fastest.items() if shape}
     flat = {shape.budget + 1: spent for shape, spent in timed.items() if shape.depth == 1}
     # More rows never take less time, so what they took bounds fewer ones that were disturbed.
@@ -136,10 +138,13 @@ def _by_depth(fastest: Mapping[TreeShape | None, float]) -> StepCosts:
 
 
 @torch.inference_mode()
-def _first_round(session: Session) -> float:
-    """Milliseconds until a session has captured what it needs, kernels being compiled."""
+def _change(session: Session, draft: Draft) -> float:
+    """Milliseconds until a session has captured its rounds with another tree, kernels being compiled."""
+    run = _rounds(session)
+    run()
     started = time.perf_counter()
-    _rounds(session)()
+    session.redraft(draft)
+    run()
     return (time.perf_counter() - started) * 1e3
 
 
