@@ -7,7 +7,7 @@ The target answers this package's own sample prompts greedily, and every shape i
 head rows and for the most frequent ones that are the default on this device. On a GPU it is the shapes of 60 nodes,
 which are decoded with, as that is faster there than a replay. Shapes that the file has already are not measured again.
 Any prompts: `--tasks mt_bench gsm8k humaneval --skip 40 --limit 20`; any drafter: `--model MODEL --draft FOLDER --out
-FOLDER/acceptance.json`.
+FOLDER/acceptance.json`. `--quick`: one prompt, a short answer, few shapes, into a file that is not there yet.
 """
 
 from __future__ import annotations
@@ -82,7 +82,12 @@ def main() -> None:
     parser.add_argument("--heads", nargs="+", default=["full", "frequency"], help="these, or numbers of rows")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if options.quick:
+        if options.out.exists():
+            parser.error(f"{options.out} exists; --quick writes a file that nobody should use")
+        options.limit, options.max_new_tokens, options.shapes = 1, 24, ["1,1,1", "2,2,3", "6,10,60"]
     proof = evidence(0)
     held = (
         json.loads(options.out.read_text(encoding="utf-8")) if options.out.is_file() else {"profiles": [], "runs": []}

@@ -3,7 +3,7 @@ bf16 where the processor multiplies in it.
 
     python packages/coral-spec/benchmarks/packed_linear.py --json packages/coral-spec/results/packed-linear.json
 
-The sizes are SmolLM2-135M's. Weights rotate among 24 layers, so that no cache holds them.
+The sizes are SmolLM2-135M's. Weights rotate among 24 layers, so that no cache holds them. `--quick`: few layers and rows.
 """
 
 from __future__ import annotations
@@ -41,21 +41,24 @@ def milliseconds(layers: list[nn.Module], rows: int, width: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    path = parser.parse_args().json
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    count, several = (4, ROWS[:3]) if options.quick else (LAYERS, ROWS)
     torch.manual_seed(0)
     result = {**evidence(0), "threads": torch.get_num_threads(), "milliseconds": {}}
     precisions = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if multiplies_bf16() else {})}
     for (precision, dtype), (name, (width, outputs)) in itertools.product(precisions.items(), SIZES.items()):
         stock: list[nn.Module] = [
-            nn.Linear(width, outputs, bias=False, dtype=dtype).requires_grad_(False) for _ in range(LAYERS)
+            nn.Linear(width, outputs, bias=False, dtype=dtype).requires_grad_(False) for _ in range(count)
         ]
         both = {"stock": stock, "packed": [packed(layer) for layer in stock]}
-        found = {kind: {rows: milliseconds(layers, rows, width) for rows in ROWS} for kind, layers in both.items()}
+        found = {kind: {rows: milliseconds(layers, rows, width) for rows in several} for kind, layers in both.items()}
         result["milliseconds"].setdefault(precision, {})[name] = found
-        for kind, rows in itertools.product(both, ROWS):
+        for kind, rows in itertools.product(both, several):
             print(f"{precision} {name:16} {kind:7} {rows:3} rows {found[kind][rows]:6.3f} ms")
-    write_json(path, result)
+    if options.json is not None:
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python packages/coral-spec/benchmarks/peak_memory.py --json packages/coral-spec/results/peak-memory.json
 
-On a CPU it is the process's largest resident size, on CUDA the largest allocation.
+On a CPU it is the process's largest resident size, on CUDA the largest allocation. `--quick`: a short answer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--draft", help="measure this draft alone and print bytes (used for the processes)")
     options = parser.parse_args()
     if options.draft is not None:
@@ -43,7 +44,7 @@ def main() -> None:
     found = {}
     for draft in ("none", "auto"):
         command = [sys.executable, __file__, "--model", options.model, "--draft", draft]
-        command += ["--max-new-tokens", str(options.max_new_tokens)]
+        command += ["--max-new-tokens", str(8 if options.quick else options.max_new_tokens)]
         found[draft] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     result = {"peak_bytes": found, "ratio": found["auto"] / found["none"], **evidence()}
     print(json.dumps(result["peak_bytes"]), f"ratio {result['ratio']:.3f}")
