@@ -3,7 +3,8 @@ bf16 where the processor multiplies in it.
 
     python packages/coral-spec/benchmarks/packed_linear.py --json packages/coral-spec/results/packed-linear.json
 
-The sizes are SmolLM2-135M's. Weights rotate among 24 layers, so that no cache holds them. `--quick`: few layers and rows.
+The sizes are SmolLM2-135M's. Weights rotate among 24 layers, so that no cache holds them. `--quick`: few layers and
+rows.
 """
 
 from __future__ import annotations
