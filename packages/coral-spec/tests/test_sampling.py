@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from coral_spec.sampling import Sampling, gumbel_noise
+from coral_spec.sampling import SHORTLIST, Sampling, gumbel_noise
 from expkit.errors import UsageError
 
 
@@ -28,6 +28,15 @@ def test_warping_is_transformers_own(seed, temperature, top_k, top_p):
         warpers.append(TopPLogitsWarper(top_p))
     wanted = warpers(torch.zeros(4, 1, dtype=torch.long), logits).softmax(-1)
     torch.testing.assert_close(Sampling(temperature, top_k, top_p).warp(logits).softmax(-1), wanted)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])  # 0.1: more tokens than the shortlist has
+def test_a_nucleus_of_a_large_vocabulary_is_transformers_own(spread):
+    logits = spread * torch.randn(2, 3, 3 * SHORTLIST, generator=torch.Generator().manual_seed(0))
+    found = Sampling(1.0, 0, 0.9).warp(logits)
+    wanted = TopPLogitsWarper(0.9)(torch.zeros(6, 1, dtype=torch.long), logits.flatten(0, 1)).view_as(logits)
+    assert torch.equal(found.isfinite(), wanted.isfinite())
+    torch.testing.assert_close(found.softmax(-1), wanted.softmax(-1))
 
 
 def test_noise_is_a_function_of_seed_position_and_token():

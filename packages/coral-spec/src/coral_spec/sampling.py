@@ -16,6 +16,7 @@ from torch import Tensor
 from coral_spec import kernels
 from expkit.errors import UsageError
 
+SHORTLIST = 2048  # most probable tokens among which a nucleus is looked for first
 # splitmix64's constants (Steele, Lea and Flood, 2014), as signed 64-bit integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -88,11 +89,18 @@ def largest(scores: Tensor) -> Tensor:
 
 
 def _nucleus(logits: Tensor, top_p: float) -> Tensor:
-    ordered, order = logits.sort(dim=-1, descending=True)
-    mass = ordered.softmax(dim=-1)
-    # A token stays while the mass before it is under top_p, so that the first one always stays.
-    dropped = mass.cumsum(dim=-1) - mass >= top_p
-    return logits.masked_fill(dropped.scatter(-1, order, dropped), float("-inf"))
+    vocab, norm = logits.shape[-1], logits.logsumexp(dim=-1, keepdim=True)
+    # Sorting a whole vocabulary takes several times as long as all else that a draw does on a CPU, where it is known
+    # at once whether some were enough.
+    for count in (SHORTLIST, vocab) if logits.device.type == "cpu" and vocab > SHORTLIST else (vocab,):
+        ordered, order = logits.topk(count, dim=-1) if count < vocab else logits.sort(dim=-1, descending=True)
+        mass = (ordered - norm).exp()
+        # A token stays while the mass before it is under top_p, so that the first one always stays.
+        kept = mass.cumsum(dim=-1) - mass < top_p
+        if count < vocab and not bool(kept[..., -1].any()):
+            break
+    nothing = torch.full_like(logits, float("-inf"))
+    return nothing.scatter_(-1, order, ordered.masked_fill(~kept, float("-inf")))
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
