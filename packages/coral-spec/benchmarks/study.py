@@ -43,6 +43,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
+LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
 TEMPERATURES = {"t00": 0.0, "t08": 0.8}
@@ -143,7 +144,8 @@ class Study:
         for recipe in recipes:
             name = f"{family}-{recipe}-{seed}"
             fresh = self.work / "runs" / name / "drafter"
-            options += ["--draft", f"{recipe}={fresh if fresh.is_dir() else self.work / 'keep/drafters' / name}"]
+            folder = fresh if fresh.is_dir() else self.work / "keep/drafters" / name
+            options += ["--draft", f"{LABELS.get(recipe, recipe)}={folder}"]
         return options
 
     def evaluation(self, family: str, name: str, *options: str, limit: int = 40) -> dict[str, list[str]]:
@@ -166,7 +168,8 @@ class Study:
 
     def csra_sweep(self, family: str) -> list[Step]:
         """One setting changed at a time, and weight with temperature; HASS beside them."""
-        open_gradient = ["--set", "csra.stop_gradient=false"]
+        settings = ("stop_gradient=false", "anchor=first", "weight=0.1", "temperature=0.07")
+        open_gradient = [part for each in settings for part in ("--set", f"csra.{each}")]
         short = ["--stages", "drafter", "--steps", "1500"]
         commands = self.training(family, f"{family}-sweep-first-open", "coral", 0, *short, *open_gradient)
         for anchor, weight, temperature in CSRA:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,6 +102,11 @@ def test_statistics_add_up(tmp_path):
 def test_limits_out_of_range_are_refused(plain, limits):
     with pytest.raises(UsageError):
         plain.generate(PROMPT, **limits)
+
+
+def test_numbers_of_numpy_are_numbers(plain):
+    limits = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(1)}
+    assert len(plain.generate(PROMPT, ignore_eos=True, **limits).token_ids) == 3
 
 
 @pytest.mark.parametrize("prompt", [[], [5, 999], [-1]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, TypedDict
 
 import torch
@@ -82,16 +82,11 @@ class Request:
     record_logits: bool = False
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("max_new_tokens", int),
-            ("seed", int),
-            ("top_k", int),
-            ("top_p", Real),
-            ("temperature", Real),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                what = "whole number" if kind is int else "number"
-                raise UsageError(f"{name} is {getattr(self, name)!r}, needed a {what}")
+        whole, any_number = ("max_new_tokens", "seed", "top_k"), ("top_p", "temperature")
+        for names, kind, what in ((whole, Integral, "whole number"), (any_number, Real, "number")):
+            for name in names:
+                if not isinstance(getattr(self, name), kind):
+                    raise UsageError(f"{name} is {getattr(self, name)!r}, needed a {what}")
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}, needed at least 1")
         if not 0 <= self.seed < 2**63:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coral_spec.targets import Target
 
 FORMAT = 1
+WEIGHTS = "drafter.safetensors"
 
 
 class KeyValueStore(Protocol):
@@ -305,7 +306,7 @@ class Drafter(nn.Module):
         """
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
-        save_tensors(folder / "drafter.safetensors", weights, {"format": "pt"})
+        save_tensors(folder / WEIGHTS, weights, {"format": "pt"})
         if ranking is not None:
             save_tensors(folder / "frequency.safetensors", {"ranking": ranking.to("cpu", torch.int32)}, None)
         for name, text in (("README.md", model_card), ("config.json", self.config.to_json())):
@@ -322,7 +323,7 @@ class Drafter(nn.Module):
         config = DrafterConfig.from_json(folder / "config.json")
         config.require_fit(target, folder)
         drafter = cls(config)
-        weights = load_tensors(folder / "drafter.safetensors")
+        weights = load_tensors(folder / WEIGHTS)
         expected = {name: tensor.shape for name, tensor in drafter.state_dict().items()}
         found = {name: tensor.shape for name, tensor in weights.items()}
         if expected != found:

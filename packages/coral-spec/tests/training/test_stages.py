@@ -228,3 +228,14 @@ def test_a_second_stage_leaves_the_drafters_weights_alone(target: Target, data: 
     run_stages(config, target, tmp_path, ALONE)
     for name, tensor in Drafter.load(tmp_path / "run" / "drafter", target).state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_another_drafter_than_the_one_that_a_run_has_is_refused(target: Target, data: Path, tmp_path: Path) -> None:
+    folders = []
+    for seed in (0, 1):
+        folder = tmp_path / f"drafter-{seed}"
+        new_drafter(target, "random", seed).save(folder, model_card="", ranking=torch.arange(256))
+        folders.append(folder)
+    run_stages(stages_config(data, "low-rank", drafter=folders[0]), target, tmp_path / "runs", ALONE)
+    with pytest.raises(UsageError, match="holds another one"):
+        run_stages(stages_config(data, "router", drafter=folders[1]), target, tmp_path / "runs", ALONE)

@@ -97,8 +97,11 @@ def run(
 
 
 def _named(drafter: str) -> str:
-    """`FOLDER` as `NAME=FOLDER`: a folder named `drafter` goes by that of its run."""
+    """`FOLDER` as `NAME=FOLDER`: a folder named `drafter` goes by that of its run, unless a method has that name."""
+    from coral_spec.bench.methods import METHODS
+
     if "=" in drafter:
         return drafter
     folder = Path(drafter).resolve()
-    return f"{folder.parent.name if folder.name == 'drafter' else folder.name}={drafter}"
+    name = folder.parent.name if folder.name == "drafter" else folder.name
+    return f"{f'{name}-drafter' if name in METHODS else name}={drafter}"

@@ -103,6 +103,9 @@ def _factors(backbone: Backbone, folder: Path, rank: int | None) -> LowRankFacto
         factors = LowRankFactors.load(folder, backbone.target, (backbone.vocab_size, backbone.hidden_size))
         if rank in (None, factors.rank):
             return factors
+        warnings.warn(
+            f"low-rank:{rank} is not trained, only {factors.rank} is: it is cut out of the head", stacklevel=3
+        )
     return LowRankFactors.of_head(weight.detach(), max(1, int(weight.shape[1]) // 4) if rank is None else rank)
 
 

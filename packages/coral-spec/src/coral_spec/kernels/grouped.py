@@ -147,7 +147,7 @@ class Tiles:
 
 
 def choose_tiles(nodes: int, width: int, places: int, wide: bool) -> Tiles:
-    """Tiles that measured well on an H100 (`benchmarks/grouped_head.py --tiles`), two programs on a multiprocessor.
+    """Tiles for an H100 (`benchmarks/grouped_head.py --tiles` tries others), two programs on a multiprocessor.
 
     Args:
         places: rows that are read.

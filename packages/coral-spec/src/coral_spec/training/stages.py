@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, replace
+from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from coral_spec.drafter import Drafter, load_ranking
+from coral_spec.drafter import WEIGHTS, Drafter, load_ranking
 from coral_spec.grouping import FILE as GROUPING
 from coral_spec.grouping import Grouping, make_grouping
 from coral_spec.heads.choose import warn_small_head
@@ -116,10 +117,14 @@ def _train_head(
 ) -> Outcome | None:
     record = evidence(config.seed)
     answers, manifests = read_answers(config, target)
-    if config.drafter is not None and world.is_main and not (folder / "drafter").is_dir():
+    own = folder / "drafter"
+    if config.drafter is not None and world.is_main:
         Drafter.load(config.drafter, target)  # refused before anything is copied
-        with atomic_path(folder / "drafter") as temporary:
-            shutil.copytree(config.drafter, temporary)
+        if not own.is_dir():
+            with atomic_path(own) as temporary:
+                shutil.copytree(config.drafter, temporary)
+        elif not cmp(config.drafter / WEIGHTS, own / WEIGHTS, shallow=False):
+            raise UsageError(f"drafter is {config.drafter}, but {own} holds another one; choose another name")
     barrier()
     drafter = Drafter.load(folder / "drafter", target)
     trainer: SecondStage
