@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+from coral_spec.bench.methods import parse_methods
+from coral_spec.commands.train import parse_setting
+from coral_spec.heads.choose import HeadChoice
+from coral_spec.training.config import TrainConfig
+from expkit.config import load_config
 
-from study import Study  # noqa: E402
 
-from coral_spec.bench.methods import parse_methods  # noqa: E402
-from coral_spec.commands.train import parse_setting  # noqa: E402
-from coral_spec.heads.choose import HeadChoice  # noqa: E402
-from coral_spec.training.config import TrainConfig  # noqa: E402
-from expkit.config import load_config  # noqa: E402
+def load_study() -> ModuleType:
+    """Under a name of its own: other packages have studies too."""
+    path = Path(__file__).parents[1] / "benchmarks" / "study.py"
+    spec = importlib.util.spec_from_file_location("coral_spec_study", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def values(options: list[str], name: str) -> list[str]:
@@ -25,7 +32,7 @@ def values(options: list[str], name: str) -> list[str]:
 
 @pytest.fixture
 def commands(tmp_path: Path) -> list[list[str]]:
-    study = Study(tmp_path, tmp_path / "prompts.jsonl")
+    study = load_study().Study(tmp_path, tmp_path / "prompts.jsonl")
     found = [options for steps in study.leases().values() for step in steps for options in step.commands.values()]
     for options in found:
         for each in [*values(options, "--draft"), *",".join(values(options, "--methods")).split(",")]:
