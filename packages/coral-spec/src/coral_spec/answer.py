@@ -177,6 +177,7 @@ class Answer:
         logits, features = session.prefill(self._ids, keep)
         seeds = torch.tensor([request.seed], device=session.device)
         first = session.begin(logits, features, keep, sampling, seeds)
+        self._model.prepare(session, sampling)
         self._prefill_seconds = time.perf_counter() - started
         if request.record_logits:
             self._logits.append(logits.to(torch.float32, copy=True))

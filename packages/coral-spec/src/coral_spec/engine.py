@@ -224,6 +224,11 @@ class Session:
         else:
             self._ready.append(self.advance(sampling, seeds, keep_logits, self._filled))
 
+    def capture(self, sampling: Sampling) -> None:
+        """Capture rounds with the current draft before they are needed; nothing where rounds are not captured."""
+        if self.graphs is not None:
+            self.graphs.capture(sampling)
+
     def collect(self) -> RoundResult:
         """Wait for the oldest round that was begun."""
         packed, logits = self._ready.pop(0) if self.graphs is None else self.graphs.collect()

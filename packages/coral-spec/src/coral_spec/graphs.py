@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from coral_spec.engine import Session
 
 AHEAD = 2  # rounds that may be under way
-KEPT = 8  # captured rounds of a session: one for each tree and way of sampling
+KEPT = 16  # captured rounds of a session: two for each tree and way of sampling, one of them timed
 PROMPT_ROWS = 64  # tokens of a prompt read by one replay
 TIMED_EVERY = 32  # rounds, of which one is timed part by part
 _Result = TypeVar("_Result")
@@ -116,6 +116,11 @@ class Graphs:
         landing.logits, landing.watch = logits, None if captured is None else captured.watch
         landing.done.record()
         self._flying.append(landing)
+
+    def capture(self, sampling: Sampling) -> None:
+        """See `Session.capture`: rounds without logits."""
+        for timed in (False, True):
+            self._round(sampling, False, timed)
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
         """See `Session.collect`."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
+import torch
+
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.backbone import Backbone
 from coral_spec.conversation import Conversation, Prefix
@@ -15,6 +17,7 @@ from coral_spec.engine import Session
 from coral_spec.heads import ProposalHead
 from coral_spec.heads.choose import HeadChoice, make_head
 from coral_spec.layers import FusedDrafter
+from coral_spec.sampling import Sampling
 from coral_spec.targets.home import timings_folder
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import FILE as ACCEPTANCE
@@ -36,6 +39,7 @@ GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
 OTHER_HEADS = ("routed", "low-rank")  # whose cost is not that of so many rows in one piece
 SMALLEST_SESSION = 1024  # tokens, on a GPU
+SPARE = 1 << 30  # bytes of a GPU without which only rounds that are needed are captured
 
 
 def load(
@@ -250,10 +254,30 @@ class Model:
         """Whether ``session`` drafts with the tree of the next answer, changed to it if need be."""
         return session.draft.shape == self.tree or session.redraft(self._make_draft(self.tree))
 
+    def prepare(self, session: Session, sampling: Sampling) -> None:
+        """Capture rounds of all trees that text may ask for, where nothing is captured yet: changes are free then.
+
+        Args:
+            session: its prompt has been read.
+            sampling: of the answer that begins.
+        """
+        if self.tuner is None or session.graphs is None or session.captured or not _has_memory(session.device):
+            return
+        now = self.tree
+        session.capture(sampling)  # first of all, should memory end
+        for shape in self.tuner.likely:
+            if session.graphs is not None and session.redraft(self._make_draft(shape)):
+                session.capture(sampling)
+        session.redraft(self._make_draft(now))
+
     def release(self, session: Session) -> None:
         """Keep ``session`` for the next answer; of several the largest stays."""
         if session.graphs is not None:
             self._idle = max(session, self._idle or session, key=lambda each: each.room)
+
+
+def _has_memory(device: torch.device) -> bool:
+    return bool(torch.cuda.mem_get_info(device)[0] >= SPARE)
 
 
 def _require_draft(name: str) -> None:

@@ -188,3 +188,24 @@ def test_trees_share_a_session_and_what_it_has_captured(tmp_path):
         assert model._idle is not None and shape in model._idle.captured
         graphs.add(id(model._idle.graphs))
     assert len(graphs) == 1 and model._idle.captured == set(shapes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_trees_that_text_may_ask_for_are_captured_before_the_first_round(temperature, tmp_path, monkeypatch):
+    monkeypatch.setenv("CORAL_SPEC_HOME", str(tmp_path / "home"))
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    limits = {"max_new_tokens": 40, "temperature": temperature, "seed": 1, "ignore_eos": True}
+    expected = load(target, draft="none").generate(PROMPT, **limits).token_ids
+    model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")), head="full")
+    assert model.tuner is not None
+    monkeypatch.setattr(type(model.tuner), "likely", [TreeShape(3, 10, 60), TreeShape(8, 10, 60)])
+    shape = model.tuner.shape = TreeShape(5, 10, 60)
+    assert model.generate(PROMPT, **limits).token_ids == expected
+    assert model._idle is not None and model._idle.captured == {shape, *model.tuner.likely}
+    rounds = dict(model._idle.graphs._rounds)
+    for other in model.tuner.likely:
+        model.tuner.shape = other
+        assert model.generate(PROMPT, **limits).token_ids == expected
+        assert model._idle.graphs._rounds == rounds  # nothing was captured for the change

@@ -10,7 +10,7 @@ import pytest
 from coral_spec import load
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import Acceptance
-from coral_spec.tuning.choose import Tuner, choose, expect
+from coral_spec.tuning.choose import LIKELY, Tuner, choose, expect
 from coral_spec.tuning.costs import StepCosts
 from drafting import PROMPT, clear_target, save_drafter
 
@@ -86,6 +86,25 @@ def test_a_shape_that_is_captured_already_costs_nothing_to_change_to():
         for _ in range(10):
             tuner.note(tuner.shape, [2] * 100, ready)
         assert tuner.shape == wanted
+
+
+def test_of_captured_shapes_the_best_is_taken_while_a_better_one_is_not_captured():
+    middle = TreeShape(4, 10, 60)
+    acceptance = Acceptance({**ACCEPTANCE.survival, middle: [0.85, 0.7, 0.55, 0.4]})
+    costs = StepCosts(plain=10.0, verify={4: 11.0, 61: 14.0}, level={1: 1.0, 10: 1.0}, change=1e9)
+    tuner = Tuner(costs, acceptance)
+    tuner.shape = SMALL
+    for _ in range(10):
+        tuner.note(SMALL, [2] * 100, (SMALL, middle))
+    assert (tuner.shape, choose(costs, acceptance, tuner.hardness).shape) == (middle, LARGE)
+    assert 0 < tuner.lost < 1e9
+
+
+def test_likely_trees_are_those_of_easier_and_harder_text():
+    costs = StepCosts(plain=1.0, verify={4: 2.0, 61: 5.0}, level={1: 0.1, 10: 0.25})
+    tuner = Tuner(costs, ACCEPTANCE)
+    others = {choose(costs, ACCEPTANCE, hardness).shape for hardness in LIKELY} - {tuner.shape, None}
+    assert others and tuner.likely == list(others)
 
 
 def test_a_drafter_that_is_never_right_is_left_out():

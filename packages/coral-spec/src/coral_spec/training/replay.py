@@ -37,6 +37,7 @@ class Replayed:
         self._seen: Counter[torch.Size] = Counter()
         self._graphs: dict[torch.Size, Any] = {}
         self._pool: Any = None
+        self._stream: Any = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
         self._most = MOST_SHAPES
 
     @torch.no_grad()
@@ -60,13 +61,19 @@ class Replayed:
         if self._seen[shape] < 2 or shape.numel() > self._room or len(self._graphs) >= self._most:
             return False
         inputs, features = self._places(shape)
-        graph = torch.cuda.CUDAGraph()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(inputs.device)
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # Compiled code is compiled anew for another stream, which must not happen while that is captured.
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                self._forward(inputs)
+            current.wait_stream(self._stream)
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 features.copy_(self._forward(inputs))
         except RuntimeError as error:  # an operation that waits for the device, or no memory left
             self._most = 0
-            reason = (str(error).strip().splitlines() or [""])[0]
+            cause = error.__context__ or error  # of a capture that failed, the end of it says nothing but that
+            reason = (str(cause).strip().splitlines() or [""])[0]
             warnings.warn(f"the target's forward is not captured ({reason}): training launches it", stacklevel=4)
             return False
         self._pool = self._pool or graph.pool()

@@ -15,6 +15,7 @@ SPREAD = (0.5, 1.0, 1.5)
 MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
 NEAR = 0.99  # shapes within this share of the best count as good as it
 GAIN = 1.03  # another shape must promise this much more
+LIKELY = (0.5, 0.8, TYPICAL, 1.8)  # hardness of text from easy to hard, whose trees are made ready before any is met
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ def choose(
     *,
     plain: bool = True,
     spread: Sequence[float] = SPREAD,
+    among: Collection[TreeShape | None] | None = None,
 ) -> Choice:
     """The best of the profile's shapes and, with ``plain``, of not drafting at all, for text that differs.
+
+    Others than those in ``among`` are left out, if it is given; of one shape at least something must be known.
 
     The best is the one that is soonest done with as many tokens of every hardness in ``spread`` times ``hardness``.
     Of shapes that are as good, it is the one with the shortest rounds.
@@ -58,7 +62,7 @@ def choose(
     Products of small matrices cost in steps, so only numbers of rows that were timed themselves are trusted.
     """
     timed = [shape for shape in acceptance.survival if shape.budget + 1 in costs.verify]
-    shapes = [*timed, *([None] if plain else [])]
+    shapes = [shape for shape in [*timed, *([None] if plain else [])] if among is None or shape in among]
     choices = [average(shape, costs, acceptance, hardness, spread) for shape in shapes]
     best = max(choice.tokens_per_second for choice in choices)
     near = [choice for choice in choices if choice.tokens_per_second >= NEAR * best]
@@ -89,14 +93,20 @@ class Tuner:
         shape: the tree to draft with; None is plain decoding, which is kept, since nothing tells when it ceases to pay.
         hardness: of the text so far, see :mod:`coral_spec.tuning.acceptance`.
         lost: milliseconds that a better shape would have saved since the last change. An engine that captures its
-            rounds pays for every new shape, so it is taken when as much has been lost as the change costs; one that is
-            captured already is taken at once.
+            rounds pays for every new shape, so it is taken when as much has been lost as the change costs; the best of
+            those that are captured already is taken at once.
     """
 
     def __init__(self, costs: StepCosts, acceptance: Acceptance, *, own: bool = True) -> None:
         self.costs, self.acceptance = costs, acceptance
         self.hardness, self.lost = TYPICAL, 0.0
         self.shape = choose(costs, acceptance, plain=own).shape
+
+    @property
+    def likely(self) -> list[TreeShape]:
+        """Other trees than the current one that text may ask for."""
+        found = [choose(self.costs, self.acceptance, hardness).shape for hardness in LIKELY]
+        return [shape for shape in dict.fromkeys(found) if shape not in (None, self.shape)]
 
     def note(
         self, shape: TreeShape | None, accept_lengths: Sequence[int], ready: Collection[TreeShape | None] = ()
@@ -115,11 +125,14 @@ class Tuner:
         observed = 1.0 + sum(accept_lengths) / rounds
         tau = expected + (observed - expected) * rounds / (rounds + MEMORY)
         self.hardness = self.acceptance.hardness(shape, tau)
-        best = choose(self.costs, self.acceptance, self.hardness)
         now = average(self.shape, self.costs, self.acceptance, self.hardness)
+        free = choose(self.costs, self.acceptance, self.hardness, among={self.shape, *ready})
+        if free.tokens_per_second > GAIN * now.tokens_per_second:
+            self.shape, now = free.shape, free
+        best = choose(self.costs, self.acceptance, self.hardness)
         if best.tokens_per_second <= GAIN * now.tokens_per_second:
             self.lost = 0.0
             return
         self.lost += rounds * now.milliseconds * (1 - now.tokens_per_second / best.tokens_per_second)
-        if best.shape in ready or self.lost >= self.costs.change:
+        if self.lost >= self.costs.change:
             self.shape, self.lost = best.shape, 0.0
