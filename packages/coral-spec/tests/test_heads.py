@@ -187,14 +187,15 @@ def test_no_head_changes_the_text(target: Target, folder: Path, head: str, tempe
 
 def test_telemetry_says_rows_and_recall(target: Target, folder: Path) -> None:
     model = load(target, draft=str(folder), head="routed:7", tree=SMALL)
-    assert model.head_rows == 8 * 33
+    router = -(-(WIDTH * WIDTH + WIDTH + 8 * WIDTH + 8) // WIDTH)  # its weights, as rows of the head
+    assert model.head_rows == 8 * 33 + router
     statistics = model.generate(PROMPT, max_new_tokens=30, ignore_eos=True).statistics
     assert statistics.router_recall == 1.0  # all groups are read
-    assert statistics.rows_per_round == SMALL.depth * 8 * 33
+    assert statistics.rows_per_round == SMALL.depth * (8 * 33 + router)
     few = model.with_draft(str(folder), head="routed:1", tree=SMALL)
     lower = few.generate(PROMPT, max_new_tokens=30, ignore_eos=True).statistics
     assert lower.router_recall is not None and lower.router_recall < 1.0
-    assert lower.to_dict()["rows_per_round"] == SMALL.depth * 2 * 33
+    assert lower.to_dict()["rows_per_round"] == SMALL.depth * (2 * 33 + router)
     full = model.with_draft(str(folder), head="full", tree=SMALL).generate(PROMPT, max_new_tokens=8).statistics
     assert full.router_recall is None and full.rows_per_round == SMALL.depth * VOCAB
     assert model.with_draft("none").generate(PROMPT, max_new_tokens=8).statistics.rows_per_round == 0

@@ -114,6 +114,14 @@ class Grouping:
         return found
 
 
+def require_groups(groups: int, always: int, vocab: int) -> None:
+    """UsageError for more groups than rows, or none left to choose: see :func:`make_grouping`."""
+    if not 2 <= groups <= vocab:
+        raise UsageError(f"{groups} groups of {vocab} head rows: needed 2 to {vocab}")
+    if not 0 <= always < groups or always * -(-vocab // groups) + (groups - always) > vocab:
+        raise UsageError(f"{always} of {groups} groups are always read, which leaves nothing to choose from")
+
+
 def make_grouping(
     kind: Kind,
     groups: int,
@@ -141,11 +149,8 @@ def make_grouping(
         UsageError: more groups than rows, or no group left to choose.
     """
     vocab = len(ranking)
-    rows = -(-vocab // groups) if groups > 0 else 0
-    if not 2 <= groups <= vocab:
-        raise UsageError(f"{groups} groups of {vocab} head rows: needed 2 to {vocab}")
-    if not 0 <= always < groups or always * rows + (groups - always) > vocab:
-        raise UsageError(f"{always} of {groups} groups are always read, which leaves nothing to choose from")
+    require_groups(groups, always, vocab)
+    rows = -(-vocab // groups)
     marked = torch.zeros(vocab, dtype=torch.bool)
     marked[list(first)] = True
     ranking = ranking.long().cpu()

@@ -93,6 +93,11 @@ class Routing:
         """Places of the slabs that a level reads."""
         return (self.grouping.always + self.active) * self.grouping.rows
 
+    @property
+    def router_rows(self) -> int:
+        """As many head rows as have the router's weights, which a level reads too."""
+        return -(-sum(part.numel() for part in self.router.parameters()) // self.router.inner.in_features)
+
     def save(self, folder: Path, tokenizer_hash: str) -> None:
         """Write the router (bf16) and the grouping beside a drafter."""
         about = {

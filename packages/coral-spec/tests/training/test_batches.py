@@ -70,6 +70,6 @@ def test_no_prompt_is_both_trained_on_and_held_out() -> None:
     answers = made_rows([(2, 6, False)] * 20)
     prompts = torch.arange(20) // 2
     answers = type(answers)(answers.tokens, answers.offsets, answers.prompt_lengths, answers.ended, prompts)
-    training, held = split_rows(answers, 3, 64, seed=0)
+    training, held = split_rows(answers, 3, 64)
     assert len(held) == 6 and len(training) == 14
     assert not set(prompts[training].tolist()) & set(prompts[held].tolist())

@@ -95,5 +95,5 @@ def test_the_rate_rises_then_falls() -> None:
 
 def test_the_top_part_counts_from_its_share_of_the_run_on() -> None:
     config = LossConfig(top=2.0, top_from=0.8)
-    assert loss_weights(config, 0.79) == (1.0, 0.1, 0.0)
-    assert loss_weights(config, 0.8) == (1.0, 0.1, 2.0)
+    assert loss_weights(config, 0.79) == (1.0, 1.0, 0.0)
+    assert loss_weights(config, 0.8) == (1.0, 1.0, 2.0)

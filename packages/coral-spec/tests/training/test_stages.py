@@ -69,7 +69,8 @@ def test_all_stages_leave_a_drafter_that_drafts_with_every_head(target: Target, 
     found = run_stages(config, target, tmp_path / "runs", ALONE)
     assert list(found) == ["drafter", "router", "low-rank"]
     folder = tmp_path / "runs" / "run" / "drafter"
-    for head, rows in (("full", 259), ("routed", 3 * 33), ("auto", 3 * 33), ("low-rank", -(-6 * (259 + 32) // 32))):
+    routed = 3 * 33 + -(-(32 * 32 + 32 + 8 * 32 + 8) // 32)  # the router's weights count too
+    for head, rows in (("full", 259), ("routed", routed), ("auto", routed), ("low-rank", -(-6 * (259 + 32) // 32))):
         assert load(target, draft=str(folder), head=head, tree=TreeShape(3, 2, 5)).head_rows == rows
     card = (folder / "README.md").read_text()
     assert "8 groups of 33 head rows (kmeans), 1 always read, 2 more at every level: 99 rows, 38.2%" in card
@@ -189,8 +190,11 @@ def test_a_low_rank_head_gets_better_by_training(target: Target, data: Path) -> 
         ({"stages": ["data", "drafter"]}, "give either prompts"),
         ({"stages": ["teacher"]}, "teacher"),
         ({"drafter": "somewhere"}, "drafter is given"),
-        ({"router.active": 64}, "router.active is 64, but 64 groups, 1 of them always read, leave 63"),
-        ({"router.always": 64}, "router.always is 64"),
+        ({"router.active": 125}, "router.active is 125, but 128 groups, 4 of them always read, leave 124"),
+        ({"router.always": 128}, "router.always is 128"),
+        ({"csra.weight": float("nan")}, "csra.weight is nan"),
+        ({"noise": float("inf")}, "noise is inf"),
+        ({"align_steps": 1, "csra.weight": 1.0}, 'csra.anchor = "target"'),
         ({"low_rank.rank": -1}, "low_rank.rank is -1"),
     ],
 )
@@ -205,6 +209,44 @@ def test_missing_inputs_are_told_before_a_model_is_loaded(data: Path, tmp_path: 
         require_inputs(stages_config(data, "router", drafter=tmp_path))
     with pytest.raises(UsageError, match=r"none\.jsonl"):
         require_inputs(stages_config(data, "data", answers=AnswersConfig(prompts=tmp_path / "none.jsonl")))
+
+
+def test_too_few_prompts_are_told_before_they_are_answered(data: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    config = stages_config(data, "data", "drafter", answers=AnswersConfig(prompts=prompts))
+    with pytest.raises(UsageError, match=f"2 prompts, {config.evaluation.prompts} of them held out"):
+        require_inputs(config)
+
+
+@pytest.mark.parametrize(
+    ("cap", "changes", "said"),
+    [
+        (30.0, {}, "changes its logits"),
+        (None, {"router": replace(ROUTER, groups=300)}, "300 groups of 259 head rows"),
+        (None, {"low_rank": LowRankConfig(rank=33)}, "low_rank.rank is 33, but the head is 32 wide"),
+    ],
+)
+def test_what_the_target_does_not_allow_is_told_before_any_stage(
+    cap: float | None, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    target = tiny_target("gemma3")
+    target.model.config.final_logit_softcapping = cap
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "one"}\n')
+    answers = AnswersConfig(prompts=prompts)
+    config = stages_config(tmp_path / "answers", "data", "drafter", "router", "low-rank", answers=answers, **changes)
+    with pytest.raises(UsageError, match=said):
+        run_stages(config, target, tmp_path / "runs", ALONE)
+    assert not (tmp_path / "answers").exists() and not (tmp_path / "runs").exists()
+
+
+def test_a_stage_can_be_added_to_a_run_that_is_done(target: Target, data: Path, tmp_path: Path) -> None:
+    config = stages_config(data, "drafter", steps=2)
+    run_stages(config, target, tmp_path, ALONE)
+    more = replace(config, stages=("drafter", "router"), router=replace(ROUTER, active=3))
+    assert list(run_stages(more, target, tmp_path, ALONE, resume=True)) == ["drafter", "router"]
+    assert Routing.load(tmp_path / "run" / "drafter", target, 259, 32).active == 3
 
 
 def test_a_drafter_of_another_model_is_refused_and_nothing_is_left(target: Target, data: Path, tmp_path: Path) -> None:

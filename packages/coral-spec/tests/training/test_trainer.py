@@ -166,19 +166,26 @@ def whole_graph_gradients(trainer: Trainer, number: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("anchor", "stop_gradient"),
-    [("first", True), ("first", False), ("previous", True), ("previous", False), ("target", True)],
+    ("anchor", "stop_gradient", "steps"),
+    [
+        ("first", True, 3),
+        ("first", False, 3),
+        ("previous", True, 3),
+        ("previous", False, 3),
+        ("target", True, 3),
+        ("target", True, 1),
+    ],
 )
 def test_alignment_has_the_gradient_of_one_whole_graph(
-    target: Target, data: Path, anchor: Any, stop_gradient: bool
+    target: Target, data: Path, anchor: Any, stop_gradient: bool, steps: int
 ) -> None:
     csra = CsraConfig(weight=0.5, anchor=anchor, stop_gradient=stop_gradient, chunk=16)
     loss = LossConfig(feature=1.0, soft=0.0, top=0.0)
-    config = small_config(data, noise=0.0, align_steps=3, csra=csra, loss=loss)
+    config = small_config(data, noise=0.0, align_steps=steps, csra=csra, loss=loss)
     trainer = Trainer(config, target, Answers.read(data), ALONE)
     batch = trainer.plan.batch(0)
     trainer.optimizer.zero_grad()
-    trainer.accumulate(0, batch, [batch.count(step) for step in (1, 2, 3)])
+    trainer.accumulate(0, batch, [batch.count(step) for step in range(1, steps + 1)])
     for parameter, wanted in zip(trainer.drafter.parameters(), whole_graph_gradients(trainer, 0), strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, wanted, atol=1e-6, rtol=1e-4)

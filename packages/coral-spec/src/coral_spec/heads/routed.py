@@ -81,7 +81,7 @@ class RoutedHead(ProposalHead):
         output = backbone.output
         grouping, device = routing.grouping, output.weight.device
         self._backbone, self._routing = backbone, routing
-        self.rows = routing.rows
+        self.rows = routing.rows + routing.router_rows
         self._ids, self._group_of = grouping.slots.to(device), grouping.group_of.to(device)
         slabs: Tensor = grouping.slabs(output.weight)
         bias = getattr(output, "bias", None)

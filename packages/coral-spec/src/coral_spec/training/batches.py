@@ -60,14 +60,17 @@ def make_batch(answers: Answers, rows: Tensor, max_length: int) -> Batch:
     return Batch(tokens, answers.prompt_lengths[rows] - 1, last)
 
 
-def split_rows(answers: Answers, held_out_prompts: int, max_length: int, seed: int) -> tuple[Tensor, Tensor]:
+def split_rows(answers: Answers, held_out_prompts: int, max_length: int) -> tuple[Tensor, Tensor]:
     """Rows for training and rows held out, by prompt: no prompt is in both. Rows without a usable answer are in none.
+
+    The same prompts are held out whatever a run's seed: runs are compared on them, and what is trained on a drafter has
+    not seen what that one was chosen by.
 
     Raises:
         ValueError: nothing is left to train on.
     """
     prompts = torch.unique(answers.prompt_index)
-    held = prompts[torch.randperm(len(prompts), generator=_generator(seed, 0))[:held_out_prompts]]
+    held = prompts[torch.randperm(len(prompts), generator=_generator(0, 0))[:held_out_prompts]]
     usable = answers.lengths.clamp(max=max_length) - answers.prompt_lengths >= 3
     is_held = torch.isin(answers.prompt_index, held)
     training = (usable & ~is_held).nonzero().squeeze(1)

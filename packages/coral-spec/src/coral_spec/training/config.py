@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 from coral_spec.training.csra import CsraConfig
 
 Stage = Literal["data", "drafter", "router", "low-rank"]
+CHUNK_BYTES = 2 << 30
 STAGES: tuple[Stage, ...] = ("data", "drafter", "router", "low-rank")
 HEAD_STAGES: tuple[Stage, ...] = ("router", "low-rank")
 
@@ -28,19 +30,27 @@ class LossConfig:
         top: weight of the cross-entropy over the target's most likely tokens (HASS: 0, at the end 1).
         top_k: how many tokens that is (HASS: 10).
         top_from: fraction of the run after which `top` counts; HASS adds it in a second, short run.
-        chunk: positions whose logits exist at once; memory is about 16 bytes x chunk x vocabulary.
+        chunk: positions whose logits exist at once; memory is 24 to 32 bytes x chunk x vocabulary. 0 is as many as
+            two GiB hold.
     """
 
     feature: float = 1.0
-    soft: float = 0.1
+    soft: float = 1.0
     top: float = 1.0
     top_k: int = 10
     top_from: float = 0.8
-    chunk: int = 2048
+    chunk: int = 0
 
     def __post_init__(self) -> None:
-        _require(min(self.feature, self.soft, self.top) >= 0, "loss weights must be 0 or more")
-        _require(self.top_k >= 1 and self.chunk >= 1, "loss.top_k and loss.chunk must be 1 or more")
+        _require(
+            all(0 <= each < math.inf for each in (self.feature, self.soft, self.top)), "loss weights must be 0 or more"
+        )
+        _require(self.top_k >= 1, f"loss.top_k is {self.top_k}; it must be 1 or more")
+        _require(self.chunk >= 0, f"loss.chunk is {self.chunk}; it must be 0 or more")
+
+    def positions(self, vocabulary: int) -> int:
+        """Positions whose logits exist at once, for a vocabulary of this size."""
+        return self.chunk or max(1, CHUNK_BYTES // (32 * vocabulary))
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class OptimizerConfig:
         clip_norm: largest norm of all gradients; 0 is off.
     """
 
-    lr: float = 5e-4
+    lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup: float = 0.01
@@ -67,7 +77,7 @@ class OptimizerConfig:
     clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 < self.lr < math.inf, f"optimizer.lr is {self.lr}; it must be positive")
         _require(0 <= self.warmup < 1, f"optimizer.warmup is {self.warmup}; it must be in [0, 1)")
 
 
@@ -81,7 +91,7 @@ class BatchConfig:
         max_length: rows are cut after this many tokens.
     """
 
-    tokens: int = 16_384
+    tokens: int = 8192
     accumulate: int = 1
     max_length: int = 2048
 
@@ -173,9 +183,9 @@ class RouterConfig:
         steps, max_minutes, lr: as for the drafter; the rest of `optimizer` and `batch` is shared.
     """
 
-    groups: int = 64
-    always: int = 1
-    active: int = 11
+    groups: int = 128
+    always: int = 4
+    active: int = 12
     grouping: Literal["contiguous", "kmeans", "cooccurrence"] = "kmeans"
     scores: Literal["hierarchical", "renormalised"] = "renormalised"
     steps: int = 1000
@@ -215,8 +225,8 @@ class LowRankConfig:
 
 def _require_stage(name: str, steps: int, max_minutes: float, lr: float) -> None:
     _require(steps >= 1, f"{name}.steps is {steps}; it must be 1 or more")
-    _require(max_minutes >= 0, f"{name}.max_minutes is {max_minutes}; it must be 0 or more")
-    _require(lr > 0, f"{name}.lr is {lr}; it must be positive")
+    _require(0 <= max_minutes < math.inf, f"{name}.max_minutes is {max_minutes}; it must be 0 or more")
+    _require(0 < lr < math.inf, f"{name}.lr is {lr}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -271,9 +281,9 @@ class TrainConfig:
         _require(self.steps >= 1 and self.log_every >= 1, "steps and log_every must be 1 or more")
         _require(len(self.data) >= 1, "data names no folder")
         _require(
-            self.align_steps > 1 or self.csra.weight == 0,
+            self.align_steps > 1 or self.csra.weight == 0 or self.csra.anchor == "target",
             f"csra.weight is {self.csra.weight}, but align_steps is 1: there is no other step to be aligned with; "
-            "use align_steps of 2 or more, or csra.weight 0",
+            'use align_steps of 2 or more, csra.anchor = "target", or csra.weight 0',
         )
         _require(0 < len(self.stages) == len(set(self.stages)), f"stages are {list(self.stages)}; name each once")
         if "data" in self.stages:
@@ -285,4 +295,5 @@ class TrainConfig:
             f'stage "{heads[0] if heads else ""}" needs a drafter: the stage "drafter", or drafter = FOLDER',
         )
         _require(not own or self.drafter is None, 'drafter is given, but the stage "drafter" trains one')
-        _require(self.noise >= 0 and self.max_minutes >= 0, "noise and max_minutes must be 0 or more")
+        for key, value in (("noise", self.noise), ("max_minutes", self.max_minutes)):
+            _require(0 <= value < math.inf, f"{key} is {value}; it must be 0 or more")

@@ -11,6 +11,7 @@ a time: forward and backward are one pass, so no positions x positions tensor is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,9 +28,9 @@ class CsraConfig:
     """Cross-Step Representation Alignment.
 
     Attributes:
-        weight: of the loss in a step's sum; 0 leaves it out (HASS). It needs `align_steps` of 2 or more.
-        anchor: whose feature a step is drawn to: that of step 1 ("first"), of the step before it ("previous"), or
-            the "target"'s own, which then draws step 1 too.
+        weight: of the loss in a step's sum; 0 leaves it out (HASS).
+        anchor: whose feature a step is drawn to: that of step 1 ("first") or of the step before it ("previous"), which
+            need `align_steps` of 2 or more, or the "target"'s own, which then draws step 1 too.
         stop_gradient: the anchor is a constant. Without it gradients reach the anchor's step as well, for which a
             second graph stays in memory.
         temperature: t above.
@@ -48,8 +49,8 @@ class CsraConfig:
 
     def __post_init__(self) -> None:
         for name, value, wrong in (
-            ("weight", self.weight, self.weight < 0),
-            ("temperature", self.temperature, self.temperature <= 0),
+            ("weight", self.weight, not 0 <= self.weight < math.inf),
+            ("temperature", self.temperature, not 0 < self.temperature < math.inf),
             ("negatives", self.negatives, self.negatives < 1),
             ("chunk", self.chunk, self.chunk < 1),
         ):

@@ -68,6 +68,7 @@ class Loop(ABC):
 
     Attributes:
         module: what is trained, in fp32.
+        chunk: positions whose logits exist at once.
         clock: progress so far.
         now: progress from 0 to 1 of the step under way.
         said: what the score is, as a format of one number.
@@ -77,11 +78,9 @@ class Loop(ABC):
 
     def __init__(self, config: TrainConfig, target: Target, answers: Answers, world: World) -> None:
         self.config, self.target, self.answers, self.world = config, target, answers, world
-        if target.dtype == torch.float16:
-            raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
         self.backbone = Backbone(target)
-        _require_plain_head(self.backbone, target)
         self.head: Tensor = self.backbone.output.weight.detach()
+        self.chunk = config.loss.positions(len(self.head))
         self.decoder: Any = self.backbone.decoder
         self.draft_step = draft_step
         self._features: Callable[[Tensor], Tensor] = self._decode
@@ -106,7 +105,7 @@ class Loop(ABC):
         config, answers = self.config, self.answers
         length = min(config.batch.max_length, self.target.context_length)
         try:
-            rows, held = split_rows(answers, config.evaluation.prompts, length, config.seed)
+            rows, held = split_rows(answers, config.evaluation.prompts, length)
         except ValueError as error:
             raise UsageError(f"{config.data[0]}: {error}; lower evaluation.prompts or make more answers") from None
         self.training_rows = rows
@@ -282,8 +281,9 @@ def _compile_layers(decoder: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
-def _require_plain_head(backbone: Backbone, target: Target) -> None:
+def require_plain_head(backbone: Backbone) -> None:
+    """UsageError where the head is more than a product with its rows."""
     if not backbone.leaves_logits_alone or getattr(backbone.output, "bias", None) is not None:
         raise UsageError(
-            f"{target.name} changes its logits after the head (cap, scale or bias): no training for it yet"
+            f"{backbone.target.name} changes its logits after the head (cap, scale or bias): no training for it yet"
         )

@@ -125,7 +125,7 @@ class RouterTrainer(SecondStage):
     def masses(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The target's probability of every group ``(positions, groups)``, and its likeliest token's group."""
         masses, groups = [], []
-        for part in features.split(self.config.loss.chunk):  # type: ignore[no-untyped-call]
+        for part in features.split(self.chunk):  # type: ignore[no-untyped-call]
             logits = functional.linear(part, self.slabs.flatten(0, 1)).view(len(part), *self.empty.shape)
             logits = logits.masked_fill_(self.empty, float("-inf")).flatten(1)
             masses.append(logits.softmax(-1, dtype=torch.float32).view(len(part), *self.empty.shape).sum(-1))
@@ -198,7 +198,7 @@ class LowRankTrainer(SecondStage):
 
     def _losses(self, features: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Sums of cross-entropy and of agreements, chunk by chunk."""
-        chunk = self.config.loss.chunk
+        chunk = self.chunk
         for part, wanted in zip(features.split(chunk), labels.split(chunk), strict=True):  # type: ignore[no-untyped-call]
             logits = functional.linear(wanted, self.head)
             with autocast(part.device, self.target.dtype):

@@ -13,16 +13,19 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from coral_spec.backbone import Backbone
 from coral_spec.drafter import WEIGHTS, Drafter, load_ranking
 from coral_spec.grouping import FILE as GROUPING
-from coral_spec.grouping import Grouping, make_grouping
+from coral_spec.grouping import Grouping, make_grouping, require_groups
 from coral_spec.heads.choose import warn_small_head
 from coral_spec.heads.low_rank import LowRankFactors
 from coral_spec.router import Router, Routing
 from coral_spec.targets import Target
 from coral_spec.training.answering import write_answers
 from coral_spec.training.config import STAGES, Stage, TrainConfig
-from coral_spec.training.loop import Loop
+from coral_spec.training.loop import Loop, require_plain_head
 from coral_spec.training.prompts import read_prompts
 from coral_spec.training.report import Curves, add_section, plot_curves
 from coral_spec.training.run import Outcome, best_of, common_result, fit_in, read_answers, train
@@ -43,12 +46,42 @@ CURVES = {
 }
 
 
+# settings that change nothing of a stage that is done
+ELSEWHERE = {
+    "drafter": ("stages", "answers.", "router.", "low_rank."),
+    "router": ("stages", "answers.", "low_rank."),
+    "low-rank": ("stages", "answers.", "router."),
+}
+
+
 def require_inputs(config: TrainConfig) -> None:
     """UsageError for files that a stage needs and lacks, before any model is loaded."""
-    if "data" in config.stages and config.answers.prompts is not None:
-        read_prompts(config.answers.prompts, config.answers.limit)
+    if "data" in config.stages:
+        answers, held = config.answers, config.evaluation.prompts
+        count = answers.self_prompts
+        if answers.prompts is not None:
+            count = len(read_prompts(answers.prompts, answers.limit))
+        if len(config.stages) > 1 and count <= held:
+            raise UsageError(
+                f"{count} prompts, {held} of them held out, leave nothing to train on; lower evaluation.prompts or "
+                "take more prompts"
+            )
     if config.drafter is not None and not (config.drafter / "config.json").is_file():
         raise UsageError(f"drafter is {config.drafter}, which is no drafter's folder: it has no config.json")
+
+
+def require_target(config: TrainConfig, target: Target) -> None:
+    """UsageError for what a stage cannot do with this target, before any stage begins."""
+    if all(stage == "data" for stage in config.stages):
+        return
+    if target.dtype == torch.float16:
+        raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
+    require_plain_head(Backbone(target))
+    vocab, width = target.model.get_output_embeddings().weight.shape  # type: ignore[no-untyped-call]
+    if "router" in config.stages:
+        require_groups(config.router.groups, config.router.always, vocab)
+    if "low-rank" in config.stages and config.low_rank.rank > width:
+        raise UsageError(f"low_rank.rank is {config.low_rank.rank}, but the head is {width} wide")
 
 
 def run_stages(
@@ -63,6 +96,7 @@ def run_stages(
     Raises:
         UsageError: whatever is wrong with the configuration, the answers or the folders.
     """
+    require_target(config, target)
     folder, found = runs / config.name, dict[Stage, Outcome]()
     stages = [stage for stage in STAGES if stage in config.stages]
     if world.is_main and not resume and "drafter" in stages and folder.is_dir() and any(folder.iterdir()):
@@ -74,7 +108,7 @@ def run_stages(
             continue
         at = folder if stage == "drafter" else folder / stage
         own = config if stage == "drafter" else _own_settings(stage, config)
-        outcome = _finished(at, own) if resume else None
+        outcome = _finished(stage, at, own) if resume else None
         if outcome is None:
             # of a run that was killed before, this stage may not have begun yet
             again = resume and ((at / "config.toml").is_file() or (stage == stages[0] and not folder.is_dir()))
@@ -88,13 +122,14 @@ def run_stages(
     return found
 
 
-def _finished(folder: Path, config: TrainConfig) -> Outcome | None:
+def _finished(stage: Stage, folder: Path, config: TrainConfig) -> Outcome | None:
     """What a stage came to that is done; UsageError when it was done with other settings."""
     path = folder / "result.json"
     if not path.is_file():
         return None
     before, now = (flatten(asdict(each)) for each in (load_config(TrainConfig, folder / "config.toml"), config))
-    changed = [f"{key} ({before[key]!r} -> {now[key]!r})" for key in now if before[key] != now[key]]
+    own = [key for key in now if not key.startswith(ELSEWHERE[stage])]
+    changed = [f"{key} ({before[key]!r} -> {now[key]!r})" for key in own if before[key] != now[key]]
     if changed:
         raise UsageError(f"{folder} was finished with other settings: {', '.join(changed)}; choose another name")
     return Outcome(folder, json.loads(path.read_text(encoding="utf-8")))

@@ -65,7 +65,7 @@ class Trainer(Loop):
                 weights=weights,
                 top_k=config.loss.top_k,
                 scale=scale,
-                chunk=config.loss.chunk,
+                chunk=self.chunk,
                 top_ids=None if known is None else known[where],
                 compiled=config.compile != "none",
             )
@@ -97,7 +97,7 @@ class Trainer(Loop):
         settings = self.config.evaluation
         with fused_kernels(), autocast(self.target.device, self.target.dtype):
             found = simulate(
-                self.drafter, self.forward, self.head, self.held_out, depth=settings.depth, chunk=self.config.loss.chunk
+                self.drafter, self.forward, self.head, self.held_out, depth=settings.depth, chunk=self.chunk
             )
         self.tick()
         return found
