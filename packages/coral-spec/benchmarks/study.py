@@ -10,21 +10,25 @@ its file is not done again, the commands within it go on where they were killed,
 end within `--minutes`. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0); what is to be
 committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
 
-The plan, from the speeds of the first release's trainings on one H200 (3 steps: 114,000 tokens/s alone; 1 step:
-158,000):
+On several GPUs leases that do not need one another run at a time, a process each with its own CUDA_VISIBLE_DEVICES.
+Commands of a step run one after another, or `--at-once` of them: a training alone uses a GPU well.
 
-1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes in
-   all on an H100.
-2. `smollm2-sweep`: CSRA's anchor, weight and temperature, 18 short trainings, three at a time; 23 minutes.
-3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, side by side, 6,000 steps: about
-   18 minutes; then acceptance on three sets at temperature 0, four processes: 3 minutes.
-4. `smollm2-router`: routers over grouping x groups x always-read groups on the CSRA drafter of seed 0, 9 short
-   trainings, three at a time: 14 minutes; acceptance by active groups and score scale: 6 minutes.
-5. `smollm2-heads`: the full training of the chosen router and of the low-rank head: 6 minutes; all heads at equal
-   drafter and tree: 6 minutes; temperature 1 for EAGLE-2 and CORAL: 4 minutes; speed alone, 10 prompts x 128 tokens:
-   6 minutes.
-6. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
-7. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
+The plan, with what it took on an H100 where that is known (a training of 3 steps: 30 ms a step with SmolLM2):
+
+1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes.
+2. `smollm2-sweep`: CSRA's anchor, weight and temperature, 21 short trainings; 20 minutes.
+3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, 6,000: 8 minutes; then
+   acceptance on three sets at temperature 0, four processes, 2 minutes: in fp32, where all answers are the same text.
+4. `smollm2-settings`: EAGLE-2 with the same alignment to the target, which tells what the alignment does without
+   further steps, and other weights of CSRA at full length: 10 minutes.
+5. `smollm2-router`: routers over grouping x groups x always-read groups on the CSRA drafter of seed 0, 7 short
+   trainings: 5 minutes; acceptance by active groups and score scale: 6 minutes.
+6. `smollm2-heads`: the full training of the chosen router, and of low-rank heads of as many weights as some numbers of
+   rows have: 4 minutes; all heads at equal drafter and tree, in fp32: 4 minutes; temperature 1 for EAGLE-2 and CORAL: 2
+   minutes; speed alone, 10 prompts x 128 tokens: 5 minutes.
+7. `smollm2-bundled`: a second sample of answers, a longer training, its router, its acceptance: 13 minutes.
+8. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
+9. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
 """
 
 from __future__ import annotations
@@ -43,11 +47,18 @@ from pathlib import Path
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
+SETTINGS = {
+    "aligned": ("eagle2", 3.0),
+    "weight1": ("coral", 1.0),
+    "weight10": ("coral", 10.0),
+}  # name -> preset, weight
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
 TEMPERATURES = {"t00": 0.0, "t08": 0.8}
-AT_ONCE = 3  # short trainings on one GPU
+MORE = "more"  # a second sample at the higher temperature
+LONG = 14_000  # steps of the bundled drafter
+EXACT = ("--dtype", "fp32")  # all drafters and heads meet the same answers
 
 # what the sweeps try; CSRA: anchor, weight, temperature, in the order in which one line led to the next; 0 is HASS
 CSRA = [
@@ -65,13 +76,14 @@ CSRA = [
 GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 32), (1, 0, 4)
 CHOSEN_GROUPS, CHOSEN_ALWAYS = 128, 4
 SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
+LOW_RANK_SHARES = (0.125, 0.25)
 ROWS = {"smollm2": 49_152, "gemma3": 262_144}
 WIDTH = {"smollm2": 576, "gemma3": 640}
 
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that run side by side, and the files that they leave.
+    """Commands, and the files that they leave.
 
     Attributes:
         minutes: estimated, for all commands together.
@@ -98,7 +110,9 @@ class Study:
             if family == "smollm2":
                 found[f"{family}-sweep"] = self.csra_sweep(family)
             for seed in range(SEEDS if family == "smollm2" else 1):
-                found[f"{family}-seed{seed}"] = [self.recipes(family, seed), self.acceptance(family, seed, 0.0)]
+                found[f"{family}-seed{seed}"] = [self.recipes(family, seed), self.acceptance(family, seed)]
+            if family == "smollm2":
+                found[f"{family}-settings"] = self.settings(family)
             found[f"{family}-router"] = [*self.router_sweep(family), self.active_groups(family)]
             found[f"{family}-heads"] = [
                 self.heads(family),
@@ -106,6 +120,8 @@ class Study:
                 self.sampled(family),
                 *self.speed(family),
             ]
+            if family == "smollm2":
+                found[f"{family}-bundled"] = self.bundled(family)
         found["cpu"] = self.cpu()
         return found
 
@@ -116,27 +132,30 @@ class Study:
         """One sample of every prompt at one temperature."""
         out = f"keep/answers/{family}-{name}"
         options = ["data", "--model", MODELS[family], "--out", self.path(out), "--prompts", str(self.prompts)]
-        options += ["--temperature", str(TEMPERATURES[name]), "--seed", str(list(TEMPERATURES).index(name))]
+        temperature = TEMPERATURES.get(name, TEMPERATURES["t08"])
+        options += ["--temperature", str(temperature), "--seed", str([*TEMPERATURES, MORE].index(name))]
         options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "60", "--shard-size", "8192"]
         return Step(6, {f"{out}/complete": options}, {})
 
-    def training(self, family: str, name: str, preset: str, seed: int, *settings: str) -> dict[str, list[str]]:
+    def training(
+        self, family: str, name: str, preset: str, seed: int, *settings: str, answers: Sequence[str] = (*TEMPERATURES,)
+    ) -> dict[str, list[str]]:
         """A training by what it leaves."""
         options = ["train", "--config", str(CONFIGS / f"{preset}.toml"), "--model", MODELS[family], "--name", name]
         options += ["--runs", self.path("runs"), "--seed", str(seed), "--set", "evaluation.every=500"]
         options += ["--set", f"loss.chunk={8192 if family == 'smollm2' else 2048}"]
-        for each in TEMPERATURES:
+        for each in answers:
             options += ["--data", self.path("keep/answers", f"{family}-{each}")]
         return {f"runs/{name}/result.json": [*options, *settings]}
 
     def recipes(self, family: str, seed: int) -> Step:
-        """The three recipes side by side, with equal steps."""
+        """The three recipes with equal steps."""
         names = {recipe: f"{family}-{recipe}-{seed}" for recipe in RECIPES}
         commands = {}
         for recipe, name in names.items():
             commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter")
         keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
-        return Step(18 if family == "smollm2" else 20, commands, keep)
+        return Step(8 if family == "smollm2" else 20, commands, keep)
 
     def drafters(self, family: str, seed: int, recipes: Sequence[str] = tuple(RECIPES)) -> list[str]:
         """Options that name drafters, as they lie in this lease or in what earlier ones have kept."""
@@ -154,10 +173,35 @@ class Study:
         common = ["eval", "--model", MODELS[family], *SETS, "--limit", str(limit), "--workers", "4"]
         return {out: [*common, "--json", self.path(out), "--plot", self.path(out[:-5] + ".png"), *options]}
 
-    def acceptance(self, family: str, seed: int, temperature: float) -> Step:
+    def acceptance(self, family: str, seed: int) -> Step:
         """All recipes with the full head: tau and acceptance per depth."""
-        options = [*self.drafters(family, seed), "--head", "full", "--temperature", str(temperature)]
-        return Step(4, self.evaluation(family, f"recipes-seed{seed}-t{temperature:g}", *options), {})
+        options = [*self.drafters(family, seed), "--head", "full", *EXACT]
+        return Step(3, self.evaluation(family, f"recipes-seed{seed}-t0", *options), {})
+
+    def settings(self, family: str) -> list[Step]:
+        """CSRA's best weights at full length, and its alignment to the target with EAGLE-2's one step."""
+        commands = {}
+        for recipe, (preset, weight) in SETTINGS.items():
+            settings = {"weight": weight, "anchor": "target", "temperature": 0.07}
+            flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
+            commands |= self.training(family, f"{family}-{recipe}-0", preset, 0, "--stages", "drafter", *flags)
+        options = [*self.drafters(family, 0, ("eagle2", "hass", "csra", *SETTINGS)), "--head", "full", *EXACT]
+        return [*one_by_one(commands, 3), Step(4, self.evaluation(family, "settings-t0", *options), {})]
+
+    def bundled(self, family: str) -> list[Step]:
+        """The drafter and router that the package has: more answers, more steps."""
+        name = f"{family}-bundled-0"
+        stages = ["--stages", "drafter,router", "--steps", str(LONG), "--set", "evaluation.every=2000"]
+        made = self.training(family, name, "coral", 0, *stages, answers=(*TEMPERATURES, MORE))
+        keep = {f"runs/{name}/drafter": f"drafters/{name}"}
+        options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *EXACT]
+        routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *EXACT]
+        return [
+            self.answers(family, MORE),
+            Step(9, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
+            Step(2, self.evaluation(family, "bundled-t0", *options), {}),
+            Step(1, self.evaluation(family, "bundled-routed-t0", *routed), {}),
+        ]
 
     def sampled(self, family: str) -> Step:
         """EAGLE-2 and CORAL at temperature 1."""
@@ -177,7 +221,7 @@ class Study:
             settings = [f"csra.anchor={anchor}", f"csra.weight={weight}", f"csra.temperature={temperature}"]
             flags = [part for each in settings for part in ("--set", each)]
             commands |= self.training(family, name, "coral", 0, *short, *flags)
-        return side_by_side(commands, 5)
+        return one_by_one(commands, 1)
 
     def router_sweep(self, family: str) -> list[Step]:
         """Grouping, number of groups, and how many are always read, one changed at a time."""
@@ -193,7 +237,7 @@ class Study:
             made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "router"), *flags)
             commands[f"runs/{name}/router/result.json"] = next(iter(made.values()))
         keep = {f"runs/{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}/drafter": f"drafters/{family}-trial-0"}
-        steps = side_by_side(commands, 4)
+        steps = one_by_one(commands, 1)
         return [*steps[:-1], Step(steps[-1].minutes, steps[-1].commands, keep)]
 
     def on_the_drafter(self, family: str, stage: str) -> list[str]:
@@ -207,25 +251,36 @@ class Study:
         return Step(6, self.evaluation(family, "active-groups", *options, limit=10), {})
 
     def heads(self, family: str) -> Step:
-        """The chosen router and the low-rank head, each trained in full on the CSRA drafter of seed 0."""
-        name = f"{family}-coral-0"
-        drafter = self.on_the_drafter(family, "router,low-rank")
-        made = self.training(family, name, "coral", 0, *drafter)
-        return Step(
-            6,
-            {f"runs/{name}/low-rank/result.json": next(iter(made.values()))},
-            {f"runs/{name}/drafter": f"drafters/{name}"},
-        )
+        """The chosen router and low-rank heads, each trained in full on the CSRA drafter of seed 0."""
+        commands, keep = {}, {}
+        for stage, ranks in (("router", [0]), ("low-rank", [self.rank(family, share) for share in LOW_RANK_SHARES])):
+            for rank in ranks:
+                name = f"{family}-{f'lowrank{rank}' if rank else 'coral'}-0"
+                flags = ["--set", f"low_rank.rank={rank}"] if rank else []
+                made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, stage), *flags)
+                commands[f"runs/{name}/{stage}/result.json"] = next(iter(made.values()))
+                keep[f"runs/{name}/drafter"] = f"drafters/{name}"
+        return Step(4, commands, keep)
+
+    def rows(self, family: str, share: float) -> int:
+        """Head rows with as many weights as a router that reads this share, and what it reads."""
+        return round(ROWS[family] * share) + WIDTH[family] + CHOSEN_GROUPS + 2
+
+    def rank(self, family: str, share: float) -> int:
+        """Of a low-rank head with as many weights."""
+        return round(self.rows(family, share) * WIDTH[family] / (ROWS[family] + WIDTH[family]))
 
     def equal_heads(self, family: str) -> Step:
-        """All heads at equal drafter and tree; static and low-rank ones at the rows that the routed ones read."""
-        options = [*self.drafters(family, 0, ("coral",)), "--head", "full", "--head", "low-rank"]
+        """All heads at equal drafter, tree and answers, and with equal weights, those of the router counted."""
+        options = [*self.drafters(family, 0, ("coral",)), "--head", "full"]
         for share in SHARES:
-            rows = round(ROWS[family] * share)
-            rank = round(rows * WIDTH[family] / (ROWS[family] + WIDTH[family]))
-            options += ["--head", f"routed:{round(CHOSEN_GROUPS * share) - CHOSEN_ALWAYS}", "--head", str(rows)]
-            options += ["--head", f"low-rank:{rank}"]
-        return Step(7, self.evaluation(family, "heads", *options, limit=20), {})
+            options += ["--head", f"routed:{round(CHOSEN_GROUPS * share) - CHOSEN_ALWAYS}"]
+            options += ["--head", str(self.rows(family, share))]
+        commands = self.evaluation(family, "heads", *options, *EXACT, limit=20)
+        for rank in [self.rank(family, share) for share in LOW_RANK_SHARES]:
+            low_rank = [*self.drafters(family, 0, (f"lowrank{rank}",)), "--head", "low-rank", *EXACT]
+            commands |= self.evaluation(family, f"heads-lowrank{rank}", *low_rank, limit=20)
+        return Step(5, commands, {})
 
     def speed(self, family: str) -> list[Step]:
         """Speed alone on the machine: full head for all recipes, then the same drafter with the other heads."""
@@ -251,7 +306,7 @@ class Study:
             steps.append(Step(4, {out: options}, {}))
         return steps
 
-    def run(self, lease: str, minutes: float) -> int:
+    def run(self, lease: str, minutes: float, at_once: int = 1) -> int:
         """Do what of a lease is left and fits; the number of steps that are left after it."""
         ends, left = time.monotonic() + 60 * minutes, 0
         for number in range(len(self.leases()[lease])):
@@ -262,7 +317,7 @@ class Study:
                 left += 1
                 print(f"left for another lease: {', '.join(step.commands)} ({step.minutes:g} minutes)")
             else:
-                self.do(step)
+                self.do(step, at_once)
                 self.keep(step)
         return left
 
@@ -271,9 +326,9 @@ class Study:
         kept = self.work / "results" / "training" / Path(out).relative_to("runs") if out.startswith("runs/") else None
         return (self.work / out).exists() or (kept is not None and kept.exists())
 
-    def do(self, step: Step) -> None:
-        """Run a step's commands side by side; one that fails ends the study with its last lines."""
-        running = []
+    def do(self, step: Step, at_once: int) -> None:
+        """Run a step's commands, so many at once; one that fails ends the study with its last lines."""
+        running: list[tuple[Path, subprocess.Popen[bytes]]] = []
         for out, options in step.commands.items():
             if self.done(out):
                 continue
@@ -283,6 +338,8 @@ class Study:
             log = self.work / "logs" / f"{out.replace('/', '_')}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+            if sum(process.poll() is None for _, process in running) >= at_once:
+                running[-at_once][1].wait()  # the oldest one
             with log.open("a") as file:
                 command = [sys.executable, "-m", "coral_spec", *options]
                 running.append((log, subprocess.Popen(command, stdout=file, stderr=file, env=environment)))
@@ -307,11 +364,9 @@ class Study:
                         shutil.copyfile(run / file, kept / file)
 
 
-def side_by_side(commands: dict[str, list[str]], minutes: float) -> list[Step]:
-    """Steps of a few commands each."""
-    names = list(commands)
-    parts = [names[first : first + AT_ONCE] for first in range(0, len(names), AT_ONCE)]
-    return [Step(minutes, {name: commands[name] for name in part}, {}) for part in parts]
+def one_by_one(commands: dict[str, list[str]], minutes: float) -> list[Step]:
+    """A step for each."""
+    return [Step(minutes, {name: options}, {}) for name, options in commands.items()]
 
 
 def main() -> int:
@@ -319,6 +374,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the study")
     parser.add_argument("--lease", help="which part to do")
     parser.add_argument("--minutes", type=float, default=24.0, help="no step is begun that would not end by then")
+    parser.add_argument("--at-once", type=int, default=1, help="commands of a step that run side by side")
     parser.add_argument("--prompts", type=Path, help="JSON lines of prompts, for the leases of answers")
     parser.add_argument("--plan", action="store_true", help="print the leases and what of them is done")
     arguments = parser.parse_args()
@@ -330,7 +386,7 @@ def main() -> int:
             total = sum(step.minutes for step in steps)
             print(f"{name:16} {total:5.0f} minutes, {done} of {len(steps)} steps done")
         return 0 if arguments.plan else 2
-    return 1 if study.run(arguments.lease, arguments.minutes) else 0
+    return 1 if study.run(arguments.lease, arguments.minutes, arguments.at_once) else 0
 
 
 if __name__ == "__main__":
