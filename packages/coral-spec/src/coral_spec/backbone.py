@@ -116,13 +116,20 @@ class Backbone:
         output = self.decoder(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._mask(visible, positions, lengths),
+            attention_mask=self.mask(visible, positions, lengths),
             use_cache=True,
             **{self._cache_argument: cache},
         )
         return output.last_hidden_state  # type: ignore[no-any-return]
 
-    def _mask(self, visible: Tensor, positions: Tensor, lengths: Tensor) -> Tensor | dict[str, Tensor]:
+    def mask(self, visible: Tensor, positions: Tensor, lengths: Tensor) -> Tensor | dict[str, Tensor]:
+        """What the decoder takes as its mask, by kind of layer where these differ.
+
+        Args:
+            visible: bool ``(batch, nodes, keys)``, windows left out of account.
+            positions: ``(batch, nodes)``.
+            lengths: ``(batch,)``, filled prefix.
+        """
         dtype = self.target.dtype
 
         def mask(window: int | None) -> Tensor:

@@ -198,6 +198,16 @@ def test_alignment_is_logged_for_every_step_that_has_an_anchor(target: Target, d
     assert "csra_1" not in figures and figures["csra_2"] > 0 and -1 <= figures["cosine_2"] <= 1
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_features_with_a_given_mask_are_those_without(architecture: str, tmp_path: Path) -> None:
+    model = tiny_target(architecture)
+    write_answers(tmp_path, model)
+    trainer = Trainer(small_config(tmp_path), model, Answers.read(tmp_path), ALONE)
+    tokens = torch.randint(3, 250, (3, 40), generator=torch.Generator().manual_seed(0))  # longer than Gemma's window
+    with torch.no_grad():
+        torch.testing.assert_close(trainer._decode_masked(tokens), trainer._decode(tokens))
+
+
 def test_alignment_with_one_step_is_refused() -> None:
     with pytest.raises(UsageError, match=r"csra\.weight is 0\.1, but align_steps is 1"):
         load_config(TrainConfig, None, {"align_steps": 1, "csra.weight": 0.1})

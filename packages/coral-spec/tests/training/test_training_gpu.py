@@ -55,12 +55,15 @@ def test_compiled_training_follows_the_plain_one(architecture: str, tmp_path: Pa
     target = tiny_target(architecture, device="cuda", dtype=torch.float32)
     write_answers(tmp_path, target)
     answers, weights = Answers.read(tmp_path), []
-    for how in ("none", "all"):
+    for how in ("none", "all"):  # the last one is captured too
         trainer = Trainer(replace(small_config(tmp_path), align_steps=3, compile=how), target, answers, ALONE)
         for _ in range(3):
             trainer.step()
+        for _ in range(2 if how == "all" else 0):  # at least once for every shape
+            trainer.evaluate()
         weights.append(torch.cat([each.detach().flatten() for each in trainer.drafter.parameters()]))
     assert torch.allclose(*weights, atol=1e-3)
+    assert isinstance(trainer._features, Replayed) and trainer._features._graphs
 
 
 @pytest.mark.gpu

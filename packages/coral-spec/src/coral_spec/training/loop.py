@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from coral_spec.backbone import Backbone
+from coral_spec.masks import chain_ancestors
 from coral_spec.targets import Target
 from coral_spec.training.batches import Batch, BatchPlan, group_by_length, make_batch, split_rows
 from coral_spec.training.config import TrainConfig
@@ -89,7 +90,7 @@ class Loop(ABC):
             self.draft_step = torch.compile(draft_step, dynamic=True)
             if self.head.is_cuda:
                 room, like = max(config.batch.tokens, config.batch.max_length), self.head.new_empty(0)
-                self._features = Replayed(self._decode, room, like, self.backbone.hidden_size)
+                self._features = Replayed(self._decode_masked, room, like, self.backbone.hidden_size)
         self._plan()
         self.module = self.make()
         settings = config.optimizer
@@ -187,6 +188,18 @@ class Loop(ABC):
 
     def _decode(self, tokens: Tensor) -> Tensor:
         return self.decoder(input_ids=tokens, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+    def _decode_masked(self, tokens: Tensor) -> Tensor:
+        """The same with a mask that is given.
+
+        transformers makes one itself while a graph is captured and none otherwise: compiled layers would have to be
+        compiled anew in the middle of a capture, which fails.
+        """
+        length = tokens.shape[1]
+        positions, start = torch.arange(length, device=tokens.device)[None], tokens.new_zeros(1)
+        mask = self.backbone.mask(chain_ancestors(1, length, tokens.device), positions, start)
+        output = self.decoder(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
 
     def noisy(self, features: Tensor, number: int) -> Tensor:
         """Features with the configured noise, which depends on the batch's number."""
