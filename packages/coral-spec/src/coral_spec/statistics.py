@@ -29,7 +29,8 @@ class Statistics:
             answers of the same caches too, stands for all; before any was, rounds are one part, ``rounds``.
         cache_bytes: bytes held by the key-value caches.
         memory_bytes: most bytes held so far by the process: those that torch allocated on a GPU, or resident ones.
-        rows_per_round: head rows that the drafter read in a round, all levels together; 0 without a drafter.
+        rows_per_round: head rows that the drafter read in a round, all levels together, other weights of a head (a
+            router's) counted as rows; 0 without a drafter.
         router_recall: with a routed head, the share of the tokens that the target drew, at nodes whose children were
             drafted, that were among the rows read there; None otherwise.
     """

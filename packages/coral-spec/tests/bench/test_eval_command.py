@@ -49,7 +49,7 @@ def test_every_head_is_evaluated_and_no_speed_is_told(model: str, drafter: str, 
     found = evaluate(model, drafter, tmp_path, head=["full", "routed:2", "128"], plot=tmp_path / "out.png")
     assert EVIDENCE < found.keys()
     assert [run["head"] for run in found["runs"]] == ["full", "routed:2", "128"]
-    assert [run["rows_per_round"] for run in found["runs"]] == [3 * 259, 3 * 3 * 33, 3 * 128]
+    assert [run["rows_per_round"] for run in found["runs"]] == [3 * 259, 3 * (3 * 33 + 42), 3 * 128]  # 42: the router
     full, routed, _ = found["runs"]
     assert full["router_recall"] is None and 0 <= routed["router_recall"] <= 1
     assert full["tau"] >= 1 and full["depth_acceptance"] and 0 <= full["looped"] <= 1

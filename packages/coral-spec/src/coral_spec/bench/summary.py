@@ -22,7 +22,7 @@ DEFINITIONS = {
     "tau_prompts": "the same, mean over prompts",
     "trees": "shapes of the draft tree, and for how many answers",
     "depth_acceptance": "at each tree level, the accepted share of the rounds that had reached it",
-    "rows_per_round": "head rows that the drafter read in a round, all tree levels together; mean over rounds",
+    "rows_per_round": "head rows read in a round, all levels, a router's weights counted as rows; mean over rounds",
     "router_recall": "share of the target's tokens, drawn where children were drafted, among the rows read there",
     "looped": f"share of answers that end in the same block of at most {PERIOD} tokens, {TIMES} times or more",
     "speedup": "tokens per second over those of the named baseline: same prompts, same machine, same run",
