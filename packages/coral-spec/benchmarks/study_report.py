@@ -2,9 +2,10 @@
 
     python packages/coral-spec/benchmarks/study_report.py RESULTS --json OUT.json --curve CURVE.png
 
-RESULTS is WORK/results of `study.py`. Differences between recipes are paired: same seed, same prompt. Their 95 %
-intervals resample seeds, and prompts within each set, so that they hold for another training as well as for other
-prompts.
+RESULTS is WORK/results of `study.py`. Differences between recipes are paired: same seed, same prompt, and where they
+were measured in fp32 the same answer. Two 95 % intervals: one over other prompts, which resamples prompts within each
+set for the trainings that there are; and Student's over other trainings, from one mean difference a seed, which is wide
+for few seeds.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import argparse
 import json
 import random
 import re
+import statistics
 import tomllib
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +27,48 @@ from expkit.rundir import evidence
 
 SAMPLES, SEED = 10_000, 0
 PAIRS = (("hass", "eagle2"), ("csra", "hass"), ("csra", "eagle2"))
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles by degrees of freedom
+SHORT = 64  # tokens: long answers of small models repeat themselves
 
 Taus = dict[tuple[int, str, str], list[float]]  # by seed, task and recipe: one for each prompt
 
 
-def read_taus(results: Path, family: str) -> Taus:
-    """Per-prompt tau of all recipes, at temperature 0."""
+def read_taus(results: Path, family: str, most: int | None = None) -> Taus:
+    """Per-prompt tau of all recipes, at temperature 0; of the first ``most`` tokens of each answer, if given."""
     found: Taus = {}
     for path in sorted(results.glob(f"{family}-recipes-seed*-t0.json")):
         seed = int(re.findall(r"seed(\d+)", path.name)[0])
         for run in json.loads(path.read_text())["runs"]:
-            found[seed, run["task"], run["method"]] = [each["tau"] for each in run["prompt_records"]]
+            records = run["prompt_records"]
+            found[seed, run["task"], run["method"]] = [
+                each["tau"] if most is None else tau_of(each["accept_lengths"], most) for each in records
+            ]
     return found
 
 
+def tau_of(accept_lengths: Sequence[int], most: int) -> float | None:
+    """Tokens per round over the rounds of an answer's first tokens."""
+    rounds, tokens = 0, 0
+    for length in accept_lengths:
+        if tokens >= most:
+            break
+        rounds, tokens = rounds + 1, tokens + length + 1
+    return tokens / rounds if rounds else None
+
+
+def looped(results: Path, family: str) -> dict[str, float]:
+    """Share of answers that end in a repetition, by recipe."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for path in sorted(results.glob(f"{family}-recipes-seed*-t0.json")):
+        for run in json.loads(path.read_text())["runs"]:
+            found[run["method"]].append(run["looped"])
+    return {recipe: sum(shares) / len(shares) for recipe, shares in found.items()}
+
+
 def mean_difference(taus: Taus, a: str, b: str, draw: random.Random | None) -> float:
-    """Mean over sets of the mean over seeds and prompts of tau(a) - tau(b), resampled if `draw` is given."""
-    seeds = sorted({seed for seed, _, _ in taus})
+    """Mean over sets of the mean over seeds and prompts of tau(a) - tau(b), prompts resampled if `draw` is given."""
+    chosen = seeds = sorted({seed for seed, _, _ in taus})
     tasks = sorted({task for _, task, _ in taus})
-    chosen = draw.choices(seeds, k=len(seeds)) if draw else seeds
     means = []
     for task in tasks:
         prompts = range(len(taus[seeds[0], task, a]))
@@ -72,17 +98,30 @@ def compare(taus: Taus) -> dict[str, Any]:
             differences[f"{a} - {b}"] = {
                 "mean": middle,
                 "share": middle / base,
-                "interval_95": [samples[SAMPLES // 40], samples[-SAMPLES // 40]],
+                "interval_95_prompts": [samples[SAMPLES // 40], samples[-SAMPLES // 40]],
+                **over_seeds(taus, a, b),
             }
     return {"tau_prompts": means, "seeds": len({seed for seed, _, _ in taus}), "differences": differences}
+
+
+def over_seeds(taus: Taus, a: str, b: str) -> dict[str, Any]:
+    """The mean difference of every seed, and Student's 95 % interval of their mean where there are several."""
+    seeds = sorted({seed for seed, _, _ in taus})
+    each = [
+        mean_difference({key: value for key, value in taus.items() if key[0] == seed}, a, b, None) for seed in seeds
+    ]
+    interval = None
+    if len(seeds) > 1:
+        half = STUDENT[len(seeds) - 1] * statistics.stdev(each) / len(seeds) ** 0.5
+        interval = [statistics.fmean(each) - half, statistics.fmean(each) + half]
+    return {"by_seed": each, "interval_95_seeds": interval}
 
 
 def heads(results: Path, family: str) -> list[dict[str, Any]]:
     """Rows read, recall and tau of every head, means over the sets."""
     table = []
-    for name in ("heads", "active-groups"):
-        path = results / f"{family}-{name}.json"
-        runs = json.loads(path.read_text())["runs"] if path.is_file() else []
+    for path in sorted([*results.glob(f"{family}-heads*.json"), *results.glob(f"{family}-active-groups.json")]):
+        runs = json.loads(path.read_text())["runs"]
         for head in dict.fromkeys(run["head"] for run in runs):
             own = [run for run in runs if run["head"] == head]
             recalls = [run["router_recall"] for run in own if run["router_recall"] is not None]
@@ -139,7 +178,7 @@ def save_curve(results: Path, path: Path) -> None:
         if recipe in recipes:
             lines = [line for line in read_metrics(folder / "metrics.jsonl") if "tau_sim" in line]
             tokens, taus = [line["tokens"] / 1e6 for line in lines], [line["tau_sim"] for line in lines]
-            style = "-" if family == "smollm2" else "--"
+            style = ("-", "--", ":")[int(seed) % 3] if family == "smollm2" else "-."
             axes.plot(tokens, taus, style, color=f"C{recipes.index(recipe)}", label=f"{family} {recipe}, seed {seed}")
     axes.set(xlabel="million tokens through the target", ylabel="tokens per round (simulated, held out)")
     axes.grid(alpha=0.3)
@@ -160,6 +199,8 @@ def main() -> None:
         taus = read_taus(options.results, family)
         report[family] = {
             "recipes": compare(taus) if taus else None,
+            f"recipes_first_{SHORT}_tokens": compare(read_taus(options.results, family, SHORT)) if taus else None,
+            "looped": looped(options.results, family),
             "heads": heads(options.results, family),
             "speed": speeds(options.results, family),
         }
