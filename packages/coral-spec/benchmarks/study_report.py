@@ -110,11 +110,30 @@ def over_seeds(taus: Taus, a: str, b: str) -> dict[str, Any]:
     each = [
         mean_difference({key: value for key, value in taus.items() if key[0] == seed}, a, b, None) for seed in seeds
     ]
-    interval = None
-    if len(seeds) > 1:
-        half = STUDENT[len(seeds) - 1] * statistics.stdev(each) / len(seeds) ** 0.5
-        interval = [statistics.fmean(each) - half, statistics.fmean(each) + half]
-    return {"by_seed": each, "interval_95_seeds": interval}
+    return {"by_seed": each, "interval_95_seeds": student(each)}
+
+
+def student(values: Sequence[float]) -> list[float] | None:
+    """Student's 95 % interval of the mean; None for one value."""
+    if len(values) < 2:
+        return None
+    middle = statistics.fmean(values)
+    half = STUDENT[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return [middle - half, middle + half]
+
+
+def simulated(results: Path, family: str) -> dict[str, Any]:
+    """Tokens per round on held-out answers, the same for all seeds, by recipe and seed; and their differences."""
+    found: dict[str, list[float]] = {}
+    for recipe in ("eagle2", "hass", "csra"):
+        paths = sorted((results / "training").glob(f"{family}-{recipe}-[0-9]/metrics.jsonl"))
+        found[recipe] = [[line["tau_sim"] for line in read_metrics(path) if "tau_sim" in line][-1] for path in paths]
+    report: dict[str, Any] = {"tau": found}
+    for a, b in PAIRS:
+        if found[a] and len(found[a]) == len(found[b]):
+            each = [x - y for x, y in zip(found[a], found[b], strict=True)]
+            report[f"{a} - {b}"] = {"mean": statistics.fmean(each), "by_seed": each, "interval_95_seeds": student(each)}
+    return report
 
 
 def heads(results: Path, family: str) -> list[dict[str, Any]]:
@@ -201,6 +220,7 @@ def main() -> None:
             "recipes": compare(taus) if taus else None,
             f"recipes_first_{SHORT}_tokens": compare(read_taus(options.results, family, SHORT)) if taus else None,
             "looped": looped(options.results, family),
+            "simulated": simulated(options.results, family),
             "heads": heads(options.results, family),
             "speed": speeds(options.results, family),
         }
