@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
 from importlib import metadata
 
 import pytest
@@ -34,6 +35,10 @@ def make() -> typer.Typer:
     @app.command()
     def fail() -> int:
         return 1
+
+    @app.command()
+    def warn() -> None:
+        warnings.warn("slow here:\nthe usual path is taken", stacklevel=1)
 
     @app.command()
     def echo(words: list[str]) -> None:
@@ -81,6 +86,10 @@ def test_debug_shows_the_traceback_from_either_place(
 
 def test_what_stands_after_a_double_dash_is_not_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "echo", "--", "--debug")[:2] == (0, "--debug\n")
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "warn") == (0, "", "warning: slow here: the usual path is taken\n")
 
 
 def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
@@ -57,12 +58,15 @@ def main(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
     """Run the app and exit the process; a command may return an int as its exit code.
 
     Wrong use (UsageError, or an option the app does not know) prints "error: ..." on stderr and exits with 2;
-    Ctrl-C with 130; anything else with 1 and a hint at --debug. `--debug` is understood anywhere before `--`.
+    Ctrl-C with 130; anything else with 1 and a hint at --debug. `--debug` is understood anywhere before `--`. Warnings
+    are a line each on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     before = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in before
     arguments = [each for each in before if each != "--debug"] + arguments[len(before) :]
+    if not debug:
+        warnings.showwarning = _show_warning
     try:
         result = app(arguments, standalone_mode=False, prog_name=app.info.name)
         code = result if isinstance(result, int) and not isinstance(result, bool) else 0
@@ -101,6 +105,11 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "(source tree, not installed)"
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Without the place in the code, which says nothing to a user."""
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _report(error: Exception, debug: bool) -> int:

@@ -40,7 +40,7 @@ def run(
     flags = {
         "name": name,
         "target": model,
-        "stages": [stage.strip() for stage in stages.split(",")] if stages else None,
+        "stages": None if stages is None else [stage.strip() for stage in stages.split(",")],
         "drafter": drafter,
         "data": tuple(data) if data else None,
         "align_steps": align_steps,
