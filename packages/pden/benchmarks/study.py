@@ -1,4 +1,4 @@
-"""The study on one GPU, in leases of about 24 minutes on machines that are bare at their start.
+"""The study, on all GPUs of a machine, in leases of about 24 minutes on machines that are bare at their start.
 
     python packages/pden/benchmarks/study.py plan --out OUT
     python packages/pden/benchmarks/study.py next --data-dir DATA --work WORK --out OUT --minutes 9
@@ -8,6 +8,12 @@
 side by side; where one command may not run for long, repeat it on the same machine: trainings go on from their
 checkpoints in WORK, which is large and stays there. OUT is small (figures and pictures, a few MiB in all), and all
 that a later lease needs: what has its figures there is not run again.
+
+Trainings are spread over `--gpus` GPUs (all that are visible), `--side` of them on each; `speed` and `alone` take one
+GPU, as they measure it. With 4 GPUs and 24 minutes of work in a lease the whole study is foreseen to take three leases,
+of this command each (or of it with `--minutes 9`, repeated, where a command may not run for longer than 10 minutes):
+
+    python packages/pden/benchmarks/study.py next --gpus 4 --lease 24 --minutes 24 --data-dir DATA --work WORK --out OUT
 
 Parts, in order: `speed` (milliseconds a step of the digits methods, alone and side by side, which later plans use),
 `alone` (one full run by itself: minutes and memory), `choice` (settings of PDEN on seeds of their own, no target
@@ -31,6 +37,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from expkit.checkpoint import write_json, write_text
 from expkit.rundir import evidence
@@ -68,8 +76,9 @@ def plan(arguments: argparse.Namespace) -> int:
     """Print the leases that are left."""
     speed = speeds(arguments.out)
     measured = "measured" if (arguments.out / "speed.json").is_file() else "foreseen, none measured yet"
-    print(f"speeds: {measured}; {arguments.side} side by side; leases of {arguments.lease:g} minutes of work")
-    todo = leases(waiting(arguments.out), speed, arguments.side, arguments.lease)
+    gpus = f"{arguments.side} side by side on each GPU, GPUs: {arguments.gpus}"
+    print(f"speeds: {measured}; {gpus}; leases of {arguments.lease:g} minutes of work")
+    todo = leases(waiting(arguments.out), speed, arguments.side, arguments.lease, arguments.gpus)
     for number, lease in enumerate(todo, start=1):
         print(f"lease {number}: {sum(each for _, each in lease):.0f} minutes")
         for jobs, estimate in lease:
@@ -89,27 +98,36 @@ def command(job: Job, arguments: argparse.Namespace) -> list[str]:
     return [str(each) for each in words] + (["--resume"] if (runs / job.name / "config.toml").is_file() else [])
 
 
-def train(jobs: Sequence[Job], arguments: argparse.Namespace, side: int, deadline: float) -> int:
-    """Trainings, `side` at a time, until they are done or time is over; the number that are not done."""
+def devices(count: int) -> list[str]:
+    """The first GPUs, each as the CUDA_VISIBLE_DEVICES of a process that is to see no other."""
+    own = os.environ.get("CUDA_VISIBLE_DEVICES")  # a child's numbers count all GPUs of the machine
+    return [str(each) for each in range(count)] if own is None else own.split(",")[:count]
+
+
+def train(jobs: Sequence[Job], arguments: argparse.Namespace, side: int, gpus: int, deadline: float) -> int:
+    """Trainings, `side` at a time on each GPU, until they are done or time is over; the number that are not done."""
     open_jobs = [job for job in jobs if not result_of(job, arguments.out).is_file()]
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    running: list[tuple[Job, str, subprocess.Popen[bytes]]] = []
     undone = 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    visible = devices(gpus)
     try:
         while (open_jobs or running) and time.monotonic() < deadline:
-            while open_jobs and len(running) < side:
+            while open_jobs and len(running) < side * len(visible):
                 job = open_jobs.pop(0)
+                gpu = min(visible, key=[used for _, used, _ in running].count)
+                environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu}
                 (arguments.work / job.part).mkdir(parents=True, exist_ok=True)
                 with (arguments.work / job.part / f"{job.name}.log").open("ab") as log:
                     process = subprocess.Popen(command(job, arguments), stdout=log, stderr=log, env=environment)
-                running.append((job, process))
-            for job, process in [each for each in running if each[1].poll() is not None]:
-                running.remove((job, process))
+                running.append((job, gpu, process))
+            for job, gpu, process in [each for each in running if each[2].poll() is not None]:
+                running.remove((job, gpu, process))
                 undone += not collect(job, process.returncode, arguments)
             time.sleep(0.2)
     finally:
-        for job, process in running:
+        for _, _, process in running:  # all before the first wait: each takes a moment to leave its GPU
             process.terminate()
+        for job, _, process in running:
             process.wait()
             print(f"{job.part}, {job.name}: stopped, time is over; repeat the command on this machine", flush=True)
     return undone + len(open_jobs) + len(running)
@@ -141,7 +159,8 @@ def do(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> i
         return len(jobs)
     if part == "speed":
         return measure_speed(jobs, arguments, deadline)
-    undone = train(jobs, arguments, 1 if part == "alone" else arguments.side, deadline)
+    side, gpus = (1, 1) if part == "alone" else (arguments.side, arguments.gpus)
+    undone = train(jobs, arguments, side, gpus, deadline)
     if part == "choice" and not any(not result_of(job, arguments.out).is_file() for job in jobs_of(part)):
         results = [json.loads(result_of(job, arguments.out).read_text(encoding="utf-8")) for job in jobs_of(part)]
         found = choose(results)
@@ -151,14 +170,14 @@ def do(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> i
 
 
 def measure_speed(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> int:
-    """Short trainings of every kind, alone and then side by side, into OUT/speed.json."""
+    """Short trainings of every kind on one GPU, alone and then side by side, into OUT/speed.json."""
     from dataclasses import replace
 
     record, kinds = evidence(), {}
     for job in jobs:
         one = replace(job, label=f"{job.label}-alone")
         many = [replace(job, label=f"{job.label}-shared", seed=seed) for seed in range(arguments.side)]
-        if train([one], arguments, 1, deadline) or train(many, arguments, arguments.side, deadline):
+        if train([one], arguments, 1, 1, deadline) or train(many, arguments, arguments.side, 1, deadline):
             return 1
         times = [_milliseconds(each, arguments.out) for each in (one, *many)]
         shared = sum(times[1:]) / len(times[1:]) / arguments.side
@@ -181,7 +200,7 @@ def proceed(arguments: argparse.Namespace) -> int:
         batches = [todo.get(arguments.part, [])]
     else:
         plan(arguments)
-        cut = leases(todo, speeds(arguments.out), arguments.side, arguments.lease)
+        cut = leases(todo, speeds(arguments.out), arguments.side, arguments.lease, arguments.gpus)
         batches = [jobs for jobs, _ in cut[0]] if cut else []
     undone = 0
     for jobs in batches:
@@ -249,7 +268,8 @@ def main() -> int:
         if action == "report":
             one.add_argument("--to", type=Path, required=True, help="folder for JSON, tables and charts")
             continue
-        one.add_argument("--side", type=int, default=5, help="trainings side by side")
+        one.add_argument("--side", type=int, default=5, help="trainings side by side on a GPU")
+        one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
         one.add_argument("--lease", type=float, default=19.0, help="minutes of work in a lease")
         if action == "plan":
             continue
@@ -260,6 +280,12 @@ def main() -> int:
         one.add_argument("--minutes", type=float, default=19.0, help="stop what runs after this time")
         one.add_argument("--set", action="append", metavar="KEY=VALUE", help="over every config, for a trial")
     arguments = parser.parse_args()
+    if arguments.action != "report":
+        seen = torch.cuda.device_count()
+        if arguments.gpus is None:
+            arguments.gpus = max(1, seen)
+        if arguments.gpus < 1 or (arguments.action != "plan" and arguments.gpus > max(1, seen)):
+            parser.error(f"--gpus {arguments.gpus}: {seen} are visible; give 1 to {max(1, seen)}; `plan` takes more")
     return {"plan": plan, "report": report}.get(arguments.action, proceed)(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What the study trains, how long that takes, and how it is cut into leases of a GPU."""
+"""What the study trains, how long that takes, and how it is cut into leases of one machine's GPUs."""
 
 from __future__ import annotations
 
@@ -149,13 +149,15 @@ def speeds(out: Path) -> dict[str, Speed]:
     return {**FORESEEN, **{kind: Speed(each["alone"], each["shared"]) for kind, each in found.items()}}
 
 
-def minutes(jobs: Sequence[Job], speed: Mapping[str, Speed], side: int) -> float:
-    """Of trainings that run `side` at a time: none is faster than alone, and together they fill the GPU."""
+def minutes(jobs: Sequence[Job], speed: Mapping[str, Speed], side: int, gpus: int = 1) -> float:
+    """Of trainings that run `side` at a time on each GPU: none is faster than alone, and together they fill it."""
     if not jobs:
         return 0.0
-    if jobs[0].part == "speed":  # each kind once alone, once side by side
+    if jobs[0].part == "speed":  # each kind once alone, once side by side, on one GPU
         both = sum(job.steps * (speed[job.kind].alone + side * speed[job.kind].shared) / 60_000 for job in jobs)
         return both + 2 * START * len(jobs)
+    if gpus > 1:  # dealt out in turn, the longest first; the fullest GPU is the last to be done
+        return max(minutes(jobs[place::gpus], speed, side) for place in range(gpus))
     side = 1 if jobs[0].part == "alone" else side
     alone = [job.steps * speed[job.kind].alone / 60_000 for job in jobs]
     shared = [job.steps * speed[job.kind].shared / 60_000 for job in jobs]
@@ -164,7 +166,7 @@ def minutes(jobs: Sequence[Job], speed: Mapping[str, Speed], side: int) -> float
 
 
 def leases(
-    waiting: Mapping[str, Sequence[Job]], speed: Mapping[str, Speed], side: int, limit: float
+    waiting: Mapping[str, Sequence[Job]], speed: Mapping[str, Speed], side: int, limit: float, gpus: int = 1
 ) -> list[list[tuple[list[Job], float]]]:
     """What is left to do, as leases of `limit` minutes; each is a list of (trainings of one part, minutes).
 
@@ -177,13 +179,13 @@ def leases(
         while rest:
             left = limit - sum(each for _, each in found[-1])
             count = len(rest)
-            while count and minutes(rest[:count], speed, side) > left:
+            while count and minutes(rest[:count], speed, side, gpus) > left:
                 count -= 1
             if count == 0 and found[-1]:
                 found.append([])
                 continue
             count = max(1, count)  # longer than a lease: it is listed all the same, and the reader sees its minutes
-            found[-1].append((rest[:count], minutes(rest[:count], speed, side)))
+            found[-1].append((rest[:count], minutes(rest[:count], speed, side, gpus)))
             rest = rest[count:]
     return [each for each in found if each]
 

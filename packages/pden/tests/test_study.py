@@ -1,11 +1,16 @@
-"""The study's plan fits its leases, finished trainings are not run again, and no target has a part in the choice."""
+"""The study's plan fits its leases, trainings share GPUs evenly and are not run again once they are finished, and no
+target has a part in the choice."""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -26,13 +31,13 @@ def every(chosen=()) -> dict[str, list[study.Job]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 8), st.floats(12, 40), st.sets(st.integers(0, 80)))
-def test_every_training_that_is_left_is_in_one_lease_that_is_not_too_long(side, limit, done):
+@given(st.integers(1, 8), st.integers(1, 8), st.floats(12, 40), st.sets(st.integers(0, 80)))
+def test_every_training_that_is_left_is_in_one_lease_that_is_not_too_long(side, gpus, limit, done):
     number, left = 0, {}
     for part, jobs in every().items():
         left[part] = [job for place, job in enumerate(jobs, start=number) if place not in done]
         number += len(jobs)
-    planned = study.leases(left, study.FORESEEN, side, limit)
+    planned = study.leases(left, study.FORESEEN, side, limit, gpus)
     placed = [job for lease in planned for jobs, _ in lease for job in jobs]
     assert sorted(map(repr, placed)) == sorted(repr(job) for jobs in left.values() for job in jobs)
     for lease in planned:
@@ -45,6 +50,24 @@ def test_trainings_side_by_side_are_no_faster_than_alone_and_share_the_gpu():
     speed = {"pden": study.Speed(alone=4.0, shared=3.0)}
     assert study.minutes([first], speed, 5) == pytest.approx(65 * 4 / 60 + study.START)
     assert study.minutes([first, *rest], speed, 5) == pytest.approx(5 * 65 * 3 / 60 + study.START)
+
+
+@pytest.mark.parametrize("part", study.PARTS)
+@settings(max_examples=25, deadline=None)
+@given(side=st.integers(1, 8), gpus=st.integers(2, 8))
+def test_more_gpus_take_no_longer_and_never_less_than_the_longest_training(part, side, gpus):
+    jobs = study.jobs_of(part)
+    one, many = (study.minutes(jobs, study.FORESEEN, side, count) for count in (1, gpus))
+    longest = max(study.minutes([job], study.FORESEEN, side) for job in jobs)
+    if part in ("speed", "alone"):  # they measure one GPU
+        assert many == one
+    else:
+        assert max(one / gpus, longest) <= many + 1e-9 and many <= one
+
+
+def test_the_whole_study_fits_three_leases_of_24_minutes_on_4_gpus():
+    planned = study.leases(every(), study.FORESEEN, 5, 24, 4)
+    assert len(planned) == 3 < len(study.leases(every(), study.FORESEEN, 5, 24))
 
 
 @pytest.mark.parametrize("part", study.PARTS)
@@ -80,9 +103,81 @@ def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
         study.choose([each for each in results(0) if each["name"] != "paper-seed101"])
 
 
+def load_study() -> ModuleType:
+    """Under a name of its own: other packages have studies too."""
+    spec = importlib.util.spec_from_file_location("pden_study", BENCHMARKS / "study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RECORD = """
+import json, os, pathlib, sys, time
+run, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+run.mkdir(parents=True, exist_ok=True)
+start = time.time()
+time.sleep(seconds)
+found = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "start": start, "end": time.time(), "steps_per_second": 100}
+(run / "result.json").write_text(json.dumps(found))
+"""
+
+
+class Runner:
+    """The study with processes that sleep and say when and on which GPU, in the place of trainings."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.study, self.out = load_study(), folder / "out"
+        self.arguments = argparse.Namespace(out=self.out, work=folder / "work", side=2, gpus=2)
+        self.study.command = lambda job, _: [sys.executable, "-c", RECORD, str(self.run_of(job)), str(seconds)]
+
+    def run_of(self, job: study.Job) -> Path:
+        return self.arguments.work / job.part / job.name
+
+    def do(self, jobs: list[study.Job], limit: float = 60.0) -> int:
+        return self.study.do(jobs, self.arguments, time.monotonic() + limit)
+
+    def said(self) -> dict[Path, dict]:
+        """What the processes that came to their end said, by folder."""
+        return {file.parent: json.loads(file.read_text()) for file in self.out.glob("*/*/result.json")}
+
+
+@pytest.mark.parametrize(("own", "gpus"), [(None, {"0", "1"}), ("GPU-7,5,3", {"GPU-7", "5"})])
+def test_each_gpu_has_trainings_of_its_own_and_no_more_than_side_at_a_time(tmp_path, monkeypatch, own, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if own is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    runner, jobs = Runner(tmp_path, 0.5), study.jobs_of("choice")[:7]
+    assert runner.do(jobs) == 0
+    runs = [runner.said()[runner.out / job.part / job.name] for job in jobs]
+    assert sorted(each["gpu"] for each in runs[:4]) == sorted([*gpus, *gpus])  # all places at once, shared evenly
+    for one in runs:
+        together = [each for each in runs if each["gpu"] == one["gpu"] and each["start"] <= one["start"] < each["end"]]
+        assert len(together) <= runner.arguments.side
+
+
+def test_speed_and_alone_are_measured_on_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    runner = Runner(tmp_path, 0.0)
+    assert runner.do(study.jobs_of("alone")) == 0 and runner.do(study.jobs_of("speed")[:1]) == 0
+    assert [each["gpu"] for each in runner.said().values()] == ["4"] * 4  # alone; then alone, and two side by side
+
+
+def test_trainings_on_every_gpu_are_stopped_when_time_is_over(tmp_path):
+    runner, start = Runner(tmp_path, 60.0), time.monotonic()
+    assert runner.do(study.jobs_of("choice")[:5], limit=1.0) == 5
+    assert time.monotonic() - start < 20 and not runner.said()
+
+
 def call(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(BENCHMARKS / "study.py"), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_more_gpus_than_are_visible_are_planned_with_but_not_run_on(tmp_path):
+    assert "GPUs: 99" in call("plan", "--out", tmp_path, "--gpus", 99).stdout
+    refused = call("run", "paper", "--out", tmp_path, "--work", tmp_path, "--data-dir", tmp_path, "--gpus", 99)
+    assert refused.returncode == 2 and "--gpus 99" in refused.stderr
 
 
 @pytest.mark.slow
