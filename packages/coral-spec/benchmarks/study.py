@@ -26,7 +26,8 @@ The plan, with what it took on an H100 where that is known (a training of 3 step
 6. `smollm2-heads`: the full training of the chosen router, and of low-rank heads of as many weights as some numbers of
    rows have: 4 minutes; all heads at equal drafter and tree, in fp32: 4 minutes; temperature 1 for EAGLE-2 and CORAL: 2
    minutes; speed alone, 10 prompts x 128 tokens: 5 minutes.
-7. `smollm2-bundled`: a second sample of answers, a longer training, its router, its acceptance: 13 minutes.
+7. `smollm2-bundled`: answers to prompts that the target writes itself, a longer training, its router, its acceptance:
+   18 minutes.
 8. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
 9. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
 """
@@ -56,7 +57,7 @@ LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
 TEMPERATURES = {"t00": 0.0, "t08": 0.8}
-MORE = "more"  # a second sample at the higher temperature
+OWN, OWN_PROMPTS = "own", 14_000  # answers to prompts that the target writes: the others hold little conversation
 LONG = 14_000  # steps of the bundled drafter
 EXACT = ("--dtype", "fp32")  # all drafters and heads meet the same answers
 
@@ -131,9 +132,12 @@ class Study:
     def answers(self, family: str, name: str) -> Step:
         """One sample of every prompt at one temperature."""
         out = f"keep/answers/{family}-{name}"
-        options = ["data", "--model", MODELS[family], "--out", self.path(out), "--prompts", str(self.prompts)]
-        temperature = TEMPERATURES.get(name, TEMPERATURES["t08"])
-        options += ["--temperature", str(temperature), "--seed", str([*TEMPERATURES, MORE].index(name))]
+        options = ["data", "--model", MODELS[family], "--out", self.path(out)]
+        if name == OWN:
+            options += ["--self-prompts", str(OWN_PROMPTS), "--temperature", "0.7", "--seed", "2"]
+        else:
+            options += ["--prompts", str(self.prompts)]
+            options += ["--temperature", str(TEMPERATURES[name]), "--seed", str(list(TEMPERATURES).index(name))]
         options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "60", "--shard-size", "8192"]
         return Step(6, {f"{out}/complete": options}, {})
 
@@ -192,12 +196,12 @@ class Study:
         """The drafter and router that the package has: more answers, more steps."""
         name = f"{family}-bundled-0"
         stages = ["--stages", "drafter,router", "--steps", str(LONG), "--set", "evaluation.every=2000"]
-        made = self.training(family, name, "coral", 0, *stages, answers=(*TEMPERATURES, MORE))
+        made = self.training(family, name, "coral", 0, *stages, answers=(*TEMPERATURES, OWN))
         keep = {f"runs/{name}/drafter": f"drafters/{name}"}
         options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *EXACT]
         routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *EXACT]
         return [
-            self.answers(family, MORE),
+            self.answers(family, OWN),
             Step(9, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
             Step(2, self.evaluation(family, "bundled-t0", *options), {}),
             Step(1, self.evaluation(family, "bundled-routed-t0", *routed), {}),
