@@ -24,6 +24,21 @@ it), are trained on all training images but their 2 % for validation, and are ju
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
 last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm: the standard
 model is deterministic and is trained again in under a minute (each JSON has its hash).
+
+With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
+Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
+`main`, `epsilons`, `everything` and `long` wait until no arm of `lambda` and `beta` is left, where these are asked for.
+An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
+
+The whole study on 4 GPUs: six leases of 24 minutes on paper, each of them the same call on a fresh machine,
+
+    python packages/train-adv/benchmarks/study.py run --out OUT --work WORK --data-dir DATA
+
+and a seventh for `long`. Its arms take 22 to 25 minutes on paper, 27.3 with what a bare machine does first: none fits
+24, and all four fit `run long --minutes 28` side by side, with under a minute to spare for a machine lent for 28.
+`plan long --minutes 28` tells after `speed` what it is by measured seconds. If one is cut off all the same, bring
+WORK/gpu* along, to the same place and without WORK/lease.json: it goes on from its last epoch. With leases of 28
+minutes throughout the whole is six of them (`plan --gpus 4 --minutes 28`).
 """
 
 from __future__ import annotations
@@ -33,6 +48,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -43,9 +59,10 @@ from typing import Any
 import torch
 from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results
 from study_arms import standard as standard_arm
+from study_gpus import end_with_parent, run_on
 from study_report import choose, line, pack, report
 
-from expkit.checkpoint import write_json
+from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config
 from expkit.device import resolve_device
 from expkit.distributed import World
@@ -65,12 +82,16 @@ TUNING_SEED, TUNING_SHARE = 20231, 0.1  # of the split that lambda and beta are 
 
 def main() -> int:
     arguments = parse()
+    if arguments.end is not None:
+        end_with_parent()
     results = read_results(arguments.out)
     try:
         if arguments.action == "report":
             print(report(results))
         elif arguments.action == "plan":
-            print(plan(jobs(arguments, results), arguments.minutes))
+            print(plan(jobs(arguments, results), arguments.minutes, arguments.gpus))
+        elif arguments.gpus > 1:
+            return run_on_gpus(arguments)
         else:
             run(arguments)
     except UsageError as error:
@@ -90,11 +111,16 @@ def parse() -> argparse.Namespace:
                         help="of standard and main; all else has seed 0")  # fmt: skip
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these arms")
     parser.add_argument("--minutes", type=float, default=24.0, help="length of a lease")
+    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()),
+                        help="how many to use, an arm at a time on each; default: all that torch sees")  # fmt: skip
+    parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of the lease, for the processes of its GPUs
     parser.add_argument("--at", type=_choice, help="KERNEL:LAMBDA for AT and MART, instead of the sweep's")
     parser.add_argument("--trades", type=_choice, help="KERNEL:LAMBDA for TRADES, instead of the sweep's")
     parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
     arguments = parser.parse_args()
+    if arguments.gpus < 1:
+        parser.error(f"--gpus {arguments.gpus}: at least 1 is needed")
     for part in arguments.parts:
         if part not in PARTS:
             parser.error(f"unknown part {part!r}; use some of {', '.join(PARTS)}")
@@ -115,7 +141,7 @@ def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[J
         for seed in arguments.seeds if part in ("standard", "main") else arguments.seeds[:1]:
             for arm in arms[part]:
                 if (not arguments.only or arm.name in arguments.only) and not is_done(arguments.out, arm, seed):
-                    found.append(Job(arm, seed, costs.of(arm)))
+                    found.append(Job(arm, seed, costs.of(arm), part))
     return found
 
 
@@ -123,10 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Arms in order, as long as they fit into what is left of the lease."""
     left = jobs(arguments, read_results(arguments.out))
     require_libraries(left)
-    clock = arguments.work / "lease.json"
-    if not clock.is_file():
-        write_json(clock, {"began": time.time()})
-    end = json.loads(clock.read_text())["began"] + 60 * arguments.minutes
+    end = lease_end(arguments)
     print(plan(left, arguments.minutes), flush=True)
     while left:
         # What follows may depend on figures that have come meanwhile: lambda, and seconds an epoch.
@@ -140,6 +163,45 @@ def run(arguments: argparse.Namespace) -> None:
         run_arm(job.arm, job.seed, arguments)
         left = jobs(arguments, read_results(arguments.out))
     print(report(read_results(arguments.out)))
+
+
+def run_on_gpus(arguments: argparse.Namespace) -> int:
+    """The same on several GPUs; this process trains nothing itself."""
+
+    def read_left() -> list[Job]:
+        return jobs(arguments, read_results(arguments.out))
+
+    ids = visible_gpus(arguments.gpus)
+    require_libraries(read_left())
+    end = lease_end(arguments)
+    print(plan(read_left(), arguments.minutes, arguments.gpus), flush=True)
+    failed = run_on(ids, [sys.executable, *sys.argv], arguments.work, end, read_left)
+    left = read_left()
+    if left:
+        print(
+            f"{len(left)} arms are left, {len(failed)} of them failed: repeat the call, or bring OUT to the next lease"
+        )
+    print(report(read_results(arguments.out)))
+    return 1 if failed else 0
+
+
+def visible_gpus(count: int) -> list[str]:
+    """So many GPUs as CUDA_VISIBLE_DEVICES names them; where there are none at all, processes share the CPU."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = named.split(",") if named is not None else [str(each) for each in range(torch.cuda.device_count() or count)]
+    if count > len(ids):
+        raise UsageError(f"--gpus {count}: only {len(ids)} are visible ({', '.join(ids)})")
+    return ids[:count]
+
+
+def lease_end(arguments: argparse.Namespace) -> float:
+    """In seconds since the epoch; the lease begins with the first call on a machine."""
+    if arguments.end is not None:
+        return float(arguments.end)
+    clock = arguments.work / "lease.json"
+    if not clock.is_file():
+        write_json(clock, {"began": time.time()})
+    return float(json.loads(clock.read_text())["began"] + 60 * arguments.minutes)
 
 
 def require_libraries(left: list[Job]) -> None:
@@ -228,12 +290,17 @@ def judge(path: Path, data: DataSet, attacks: tuple[str, ...], seed: int, limit:
 
 
 def _hash(reference: Path | None) -> str | None:
-    """Of the standard model's weights: the same in every lease, if it is as deterministic as it should be."""
+    """Of the standard model's weights: the same in every lease, if it is as deterministic as it should be.
+
+    Not of the file: safetensors writes the metadata in an order that differs from process to process.
+    """
     path = reference / "best.safetensors" if reference is not None else None
     if path is None or not path.is_file():
         return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_tensors(path).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
 PARTS = ("speed", "standard", "lambda", "beta", "main", "epsilons", "everything", "long")
+SWEEPS = ("lambda", "beta")
+AFTER_SWEEPS = ("main", "epsilons", "everything", "long")  # their kernel and lambda are chosen from the sweeps
 JUDGED = ("natural", "pgd20", "apgd")
 LEASE_START = 60.0  # seconds: unpacking the data, importing, the first kernels
 STANDARD = 75.0  # the standard model that a bare machine trains again, compiling included
 ARM_START = 60.0  # compiling and recording
+WORKER_START = 20.0  # with several GPUs every arm is a process: importing and reading the data again
 VALIDATION = 1.5
 EVALUATION = 110.0  # natural, PGD-20 and APGD-CE + T on 10,000 images
 AUTOATTACK = 180.0  # on 1,000
@@ -145,8 +149,8 @@ def _speed(host: str, weight: float, size: int) -> dict[str, Any]:
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:
-    """Every arm's JSON in OUT, by name."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*-[0-9]*.json"))]
+    """Every arm's JSON in OUT, by name; names that begin with a dot are being written by another process."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("[!.]*-[0-9]*.json"))]
     return [each for each in found if "arm" in each]
 
 
@@ -204,11 +208,22 @@ class Costs:
 
 @dataclass(frozen=True)
 class Job:
-    """An arm with a seed, and its seconds on paper."""
+    """An arm of a part with a seed, and its seconds on paper."""
 
     arm: Arm
     seed: int
     seconds: float
+    part: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-{self.seed}"
+
+    @property
+    def standard(self) -> str | None:
+        """The name of the standard model that it needs."""
+        needed = self.arm.reference and self.arm.attacks
+        return f"{standard(tuning=self.arm.tuning).name}-{self.seed}" if needed else None
 
 
 def leases(jobs: Sequence[Job], seconds: float) -> Iterator[list[Job]]:
@@ -225,17 +240,74 @@ def leases(jobs: Sequence[Job], seconds: float) -> Iterator[list[Job]]:
 
 def cost(jobs: Sequence[Job]) -> float:
     """Seconds of a lease that does these jobs: its start, the standard models that they need, and themselves."""
-    standards = {(job.seed, job.arm.tuning) for job in jobs if job.arm.reference and job.arm.attacks}
+    standards = {job.standard for job in jobs} - {None}
     return LEASE_START + STANDARD * len(standards) + sum(job.seconds for job in jobs)
 
 
-def plan(jobs: Sequence[Job], minutes: float) -> str:
+def next_job(left: Sequence[Job], barred: Collection[str], there: Collection[str], seconds: float) -> Job | None:
+    """The first arm that one of several GPUs may begin and would end within so many seconds.
+
+    Args:
+        left: all arms without their figures, those that are at work included.
+        barred: names of those at work, or not for this GPU.
+        there: see `seconds_on`.
+    """
+    sweeping = any(job.part in SWEEPS for job in left)
+    for job in left:
+        waits = sweeping and job.part in AFTER_SWEEPS
+        if not waits and job.name not in barred and seconds_on(job, there) <= seconds:
+            return job
+    return None
+
+
+def seconds_on(job: Job, there: Collection[str] = ()) -> float:
+    """Seconds of an arm in a process of its own on a GPU for which the runs `there` have been trained."""
+    return WORKER_START + job.seconds + (STANDARD if job.standard is not None and job.standard not in there else 0)
+
+
+def shared_leases(jobs: Sequence[Job], seconds: float, gpus: int) -> Iterator[tuple[list[list[Job]], float]]:
+    """The leases of several GPUs: the jobs of each GPU, and the seconds of the whole; what fits none stands alone."""
+    left = list(jobs)
+    while left:
+        lanes, length = _lease(left, seconds, gpus)
+        if not length:
+            first = [job for lane in _lease(left, math.inf, gpus)[0] for job in lane[:1]]
+            lanes, length = [[job] for job in first], LEASE_START + max(map(seconds_on, first))
+        yield lanes, length
+        left = [job for job in left if not any(job in lane for lane in lanes)]
+
+
+def _lease(left: Sequence[Job], seconds: float, gpus: int) -> tuple[list[list[Job]], float]:
+    """What `study_gpus.run_on` would do in one lease: the jobs of each GPU, and when the last one ends."""
+    lanes: list[list[Job]] = [[] for _ in range(gpus)]
+    free = [LEASE_START] * gpus  # when each GPU takes its next job
+    ends: dict[str, float] = {}
+    while min(free) < math.inf:
+        gpu = free.index(min(free))
+        now = free[gpu]
+        there = {name for job in lanes[gpu] for name in (job.name, job.standard) if name is not None}
+        unfinished = [job for job in left if ends.get(job.name, math.inf) > now]
+        job = next_job(unfinished, ends, there, seconds - now)
+        if job is None:  # there may be one when another GPU ends its own
+            free[gpu] = min((end for end in ends.values() if end > now), default=math.inf)
+        else:
+            lanes[gpu].append(job)
+            free[gpu] = ends[job.name] = now + seconds_on(job, there)
+    return lanes, max(ends.values(), default=0.0)
+
+
+def plan(jobs: Sequence[Job], minutes: float, gpus: int = 1) -> str:
     """The leases that are left, as text."""
-    lines = [f"{len(jobs)} arms are left"]
-    for number, lease in enumerate(leases(jobs, 60 * minutes), start=1):
-        whole = cost(lease) / 60
-        warning = f"  DOES NOT FIT {minutes:g} min" if whole > minutes else ""
-        lines.append(f"lease {number}: {whole:.1f} min{warning}")
-        lines += [f"    {job.arm.name}-{job.seed}: {job.seconds / 60:.1f} min" for job in lease]
-    total = sum(cost(lease) for lease in leases(jobs, 60 * minutes)) / 60
+    lines, total = [f"{len(jobs)} arms are left"], 0.0
+    seconds = 60 * minutes
+    packed = (
+        shared_leases(jobs, seconds, gpus) if gpus > 1 else (([each], cost(each)) for each in leases(jobs, seconds))
+    )
+    for number, (lanes, length) in enumerate(packed, start=1):
+        warning = f"  DOES NOT FIT {minutes:g} min" if length > seconds else ""
+        lines.append(f"lease {number}: {length / 60:.1f} min{warning}")
+        for gpu, lane in enumerate(lanes):
+            lines += [f"  gpu{gpu}"] if gpus > 1 and lane else []
+            lines += [f"    {job.name}: {job.seconds / 60:.1f} min" for job in lane]
+        total += length / 60
     return "\n".join([*lines, f"in all {total:.0f} min"])

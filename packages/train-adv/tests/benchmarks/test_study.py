@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -71,14 +74,16 @@ def test_the_choice_is_the_most_natural_that_costs_no_robustness(modules):
 
 def test_leases_fit_and_hold_every_arm_once(modules, start):
     _, arms, _ = modules
-    jobs = [arms.Job(arm, 0, arms.Costs().of(arm)) for part in start.values() for arm in part]
+    jobs = [arms.Job(arm, 0, arms.Costs().of(arm), part) for part, found in start.items() for arm in found]
     found = list(arms.leases(jobs, 24 * 60))
     assert sorted(id(job) for lease in found for job in lease) == sorted(id(job) for job in jobs)
     assert all(arms.cost(lease) <= 24 * 60 or len(lease) == 1 for lease in found)
     text = arms.plan(jobs, 24)
     assert f"lease {len(found)}:" in text and f"{len(jobs)} arms" in text
     slow = {arm.kind: 200.0 for arm in start["long"]}
-    assert "DOES NOT FIT" in arms.plan([arms.Job(start["long"][0], 0, arms.Costs(slow).of(start["long"][0]))], 24)
+    assert "DOES NOT FIT" in arms.plan(
+        [arms.Job(start["long"][0], 0, arms.Costs(slow).of(start["long"][0]), "long")], 24
+    )
 
 
 def test_measured_seconds_replace_those_on_paper(modules, start):
@@ -101,15 +106,19 @@ def test_answers_survive_packing(modules):
         assert torch.equal(report.unpack(report.pack(right)), right)
 
 
+def quick() -> list[str]:
+    """Options for arms of seconds, on a CPU too."""
+    keys = {"data.name": '"digits"', "model": '"small-cnn"', "engine": '"eager"', "dtype": '"fp32"', "epochs": "1",
+            "data.limit": "400", "attack.steps": "1", "batch_size": "64", "validation.fraction": "0.2",
+            "validation.every": "1"}  # fmt: skip
+    return ["--limit", "6", *(word for key, value in keys.items() for word in ("--set", f"{key}={value}"))]
+
+
 @pytest.mark.slow
 def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeypatch, capsys):
     study, _, _ = modules
-    quick = {"data.name": '"digits"', "model": '"small-cnn"', "engine": '"eager"', "dtype": '"fp32"', "epochs": "1",
-             "data.limit": "400", "attack.steps": "1", "batch_size": "64", "validation.fraction": "0.2",
-             "validation.every": "1"}  # fmt: skip
-    options = [word for key, value in quick.items() for word in ("--set", f"{key}={value}")]
     only = "tune-at-cosine-100,at-control"
-    arguments = ["study.py", "run", "lambda", "main", "--seeds", "0", "--only", only, "--limit", "6", *options]
+    arguments = ["study.py", "run", "lambda", "main", "--seeds", "0", "--only", only, "--gpus", "1", *quick()]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
     assert study.main() == 0
     tuned, control = (json.loads((tmp_path / "o" / f"{name}-0.json").read_text()) for name in only.split(","))
@@ -126,11 +135,38 @@ def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeyp
     assert "time is up with 1 arms left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tmp_path):
+    only = "epsilon-0,epsilon-2,tune-at"
+    arguments = ["run", "epsilons", "beta", "--only", only, "--gpus", "2", *quick()]
+    arguments += ["--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")]
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1,-2"}  # torch sees none of them
+    call = [sys.executable, str(BENCHMARKS / "study.py"), *arguments]
+    result = subprocess.run(call, env=hidden, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = {name: json.loads((tmp_path / "o" / f"{name}-0.json").read_text()) for name in only.split(",")}
+    assert all(each["complete"] for each in found.values())
+    swept = (tmp_path / "o" / "tune-at-0.json").stat().st_mtime
+    assert all(
+        datetime.fromisoformat(found[name]["started"]).timestamp() > swept for name in ("epsilon-0", "epsilon-2")
+    )
+    standards = {path.parts[-2] for path in (tmp_path / "w").glob("gpu*/standard-0")}
+    assert standards == {"gpu0", "gpu1"} and found["epsilon-0"]["reference"] == found["epsilon-2"]["reference"]
+
+
+def test_gpus_are_the_visible_ones(modules, monkeypatch):
+    study, _, _ = modules
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,GPU-1a")
+    assert study.visible_gpus(2) == ["5", "7"]
+    with pytest.raises(study.UsageError, match="--gpus 4: only 3 are visible"):
+        study.visible_gpus(4)
+
+
 def test_missing_libraries_are_said_before_anything_is_trained(modules, start, monkeypatch):
     study, arms, _ = modules
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(study.UsageError, match="sklearn, scipy, pyautoattack"):
-        study.require_libraries([arms.Job(start["main"][0], 0, 1.0)])
+        study.require_libraries([arms.Job(start["main"][0], 0, 1.0, "main")])
 
 
 def test_a_part_that_is_none_is_said(modules, monkeypatch, capsys):
