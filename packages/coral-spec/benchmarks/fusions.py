@@ -5,9 +5,10 @@
 A decoder of SmolLM2-135M's sizes with random weights reads 1, 10 or 61 new nodes behind 200 tokens. Capturing takes
 launch overhead away from every form, so what differs is the work itself: the model's own classes and this package's
 layers in fewer operations, as they are and by torch.compile; the Triton kernels; and the kernels with one fusion taken
-back at a time, which is done by a kernel or torch operation of its own then (query, key and value, multiplied one by
-one, are put side by side by another one). Every form's result is compared with the model's own. `--quick` takes two
-layers; on a CPU it leaves the kernels and torch.compile out and measures nothing.
+back at a time, which is done by a kernel or torch operation of its own then. Query, key and value that are multiplied
+one by one are put side by side by another one, and gate and up one by one leave SiLU and product to torch. A layer is
+the whole forward by its layers, so a twelfth of embedding, mask and last norm is in it. Every form's result is compared
+with the model's own. `--quick` takes two layers; on a CPU it leaves the kernels and torch.compile out, untimed.
 """
 
 from __future__ import annotations

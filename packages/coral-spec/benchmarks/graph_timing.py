@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-REPEATS = 9
+REPEATS = 15
+WARM_UP = 0.05  # seconds: a GPU that has been idle takes a while to its full clock
 
 
 def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
@@ -24,7 +26,10 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times, until = [], time.perf_counter() + WARM_UP
+    while time.perf_counter() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -132,7 +132,7 @@ class Answer:
         self._logits: list[Tensor] = []
         self._reason: str | None = None
         self._pieces = self._run()
-        self._seconds = self._prefill_seconds = 0.0
+        self._seconds = self._prefill_seconds = self._capture_seconds = 0.0
         self._watch: Stopwatch | None = None
         self._shares: dict[str, float] = {}
         self._figures: dict[str, float] = {}
@@ -177,11 +177,15 @@ class Answer:
         logits, features = session.prefill(self._ids, keep)
         seeds = torch.tensor([request.seed], device=session.device)
         first = session.begin(logits, features, keep, sampling, seeds)
-        self._model.prepare(session, sampling)
         self._prefill_seconds = time.perf_counter() - started
         if request.record_logits:
             self._logits.append(logits.to(torch.float32, copy=True))
         yield self._take(first)
+        if self._reason is None and not request.record_logits:
+            begun = time.perf_counter()
+            self._model.prepare(session, sampling)
+            self._capture_seconds = time.perf_counter() - begun
+            session.watch.lap("rest")
         ahead = 0  # rounds that were begun and not yet read
         while self._reason is None:
             if request.should_stop and request.should_stop():
@@ -193,7 +197,7 @@ class Answer:
                     break
                 session.launch(sampling, seeds, request.record_logits)
                 ahead += 1
-            self._model.learn(session)
+            self._model.learn(session, sampling, request.record_logits)
             outcome = session.collect()
             ahead -= 1
             tokens = outcome.tokens[0]
@@ -229,6 +233,7 @@ class Answer:
             new_tokens=len(self._tokens),
             seconds=self._seconds,
             prefill_seconds=self._prefill_seconds,
+            capture_seconds=self._capture_seconds,
             accept_lengths=self._accepted,
             depth=session.draft.depth,
             tree=None if session.draft.shape is None else str(session.draft.shape),

@@ -224,10 +224,9 @@ class Session:
         else:
             self._ready.append(self.advance(sampling, seeds, keep_logits, self._filled))
 
-    def capture(self, sampling: Sampling) -> None:
-        """Capture rounds with the current draft before they are needed; nothing where rounds are not captured."""
-        if self.graphs is not None:
-            self.graphs.capture(sampling)
+    def capture(self, sampling: Sampling) -> bool:
+        """Capture rounds with the current draft before they are needed; False where that can't be."""
+        return self.graphs is not None and self.room >= self.filled and self.graphs.capture(sampling)
 
     def collect(self) -> RoundResult:
         """Wait for the oldest round that was begun."""
@@ -290,10 +289,9 @@ class Session:
             self.graphs.settle()
         self._filled = int(self.lengths.max())  # a round that was interrupted while it was read counts too
 
-    @property
-    def captured(self) -> set[TreeShape | None]:
-        """Trees with rounds that are captured: to change to one of them costs nothing."""
-        return set() if self.graphs is None else self.graphs.shapes
+    def captured(self, sampling: Sampling, keep_logits: bool = False) -> set[TreeShape | None]:
+        """Trees with rounds that are captured for this way of sampling: to change to one of them costs nothing."""
+        return set() if self.graphs is None else self.graphs.shapes(sampling, keep_logits)
 
     def shares(self) -> dict[str, float]:
         """Of a captured round's time, by part; empty where none was timed."""

@@ -78,6 +78,11 @@ class _Landing:
     watch: Stopwatch | None = None
 
 
+def _known(sampling: Sampling) -> Sampling:
+    """One for all that are greedy."""
+    return Sampling() if sampling.greedy else sampling
+
+
 class Graphs:
     """The captured rounds of a session, by what they were captured for.
 
@@ -117,10 +122,9 @@ class Graphs:
         landing.done.record()
         self._flying.append(landing)
 
-    def capture(self, sampling: Sampling) -> None:
+    def capture(self, sampling: Sampling) -> bool:
         """See `Session.capture`: rounds without logits."""
-        for timed in (False, True):
-            self._round(sampling, False, timed)
+        return all(self._round(sampling, False, timed, needed=False) is not None for timed in (False, True))
 
     def collect(self) -> tuple[Tensor, Tensor | None]:
         """See `Session.collect`."""
@@ -141,10 +145,15 @@ class Graphs:
             ]
         return self._landings[self._count % AHEAD]
 
+    def shapes(self, sampling: Sampling, keep_logits: bool) -> set[TreeShape | None]:
+        """Trees whose rounds are captured for this way of sampling."""
+        wanted = (_known(sampling), keep_logits, False)
+        return {key[0] for key in self._rounds if key[1:] == wanted}
+
     @property
-    def shapes(self) -> set[TreeShape | None]:
-        """Trees whose rounds are captured."""
-        return {key[0] for key in self._rounds}
+    def empty(self) -> bool:
+        """No round is captured, and nothing stands against capturing one."""
+        return not self._rounds and not self._refused
 
     def shares(self) -> dict[str, float]:
         """Of a round's time, by part; empty before a round was timed."""
@@ -206,16 +215,16 @@ class Graphs:
         session = self._session
         return session.advance(sampling, self._seeds, keep_logits, session.reach)
 
-    def _round(self, sampling: Sampling, keep_logits: bool, timed: bool) -> _Round | None:
-        sampling = Sampling() if sampling.greedy else sampling
-        session = self._session
+    def _round(self, sampling: Sampling, keep_logits: bool, timed: bool, needed: bool = True) -> _Round | None:
+        sampling, session = _known(sampling), self._session
         key = session.draft.shape, sampling, keep_logits, timed
         if key in self._rounds:
             self._rounds[key] = self._rounds.pop(key)  # the last one is the one used last
         else:
             watch = session.watch.for_graph() if timed else None
             known = (session.draft.shape, sampling, keep_logits, not timed) in self._rounds  # then all is compiled
-            found = self._capture(lambda: self._run(sampling, keep_logits), watch, warm_up=not known)
+            run = lambda: self._run(sampling, keep_logits)  # noqa: E731
+            found = self._capture(run, watch, warm_up=not known, needed=needed)
             if found is not None:
                 while len(self._rounds) >= KEPT:  # requests may come with ever new temperatures
                     del self._rounds[next(iter(self._rounds))]
@@ -244,9 +253,17 @@ class Graphs:
         return self._absorbed
 
     def _capture(
-        self, run: Callable[[], _Result], timer: Stopwatch | None = None, *, warm_up: bool = True
+        self,
+        run: Callable[[], _Result],
+        timer: Stopwatch | None = None,
+        *,
+        warm_up: bool = True,
+        needed: bool = True,
     ) -> tuple[Any, _Result] | None:
-        """Run once for the side effects on compilers and libraries, put the state back, and record, laps included."""
+        """Run once for the side effects on compilers and libraries, put the state back, and record, laps included.
+
+        Where there is no memory for a graph that is not ``needed``, nothing else is given up for it.
+        """
         if self._refused:
             return None
         session = self._session
@@ -272,10 +289,14 @@ class Graphs:
                 result = run()
             self._pool = graph.pool()
         except Exception as error:  # out of memory above all
-            if not (kernels.give_up(error) or isinstance(error, RuntimeError)):
+            given_up = kernels.give_up(error)
+            if not (given_up or isinstance(error, RuntimeError)):
                 raise
-            self._refused = True
             current.wait_stream(stream)
+            if not (needed or given_up):
+                torch.cuda.empty_cache()
+                return None
+            self._refused = True
             self._rounds.clear()
             self._prompt = self._absorbed = self._pool = None
             torch.cuda.empty_cache()

@@ -170,16 +170,16 @@ class Model:
         if self.tuner is not None and accept_lengths:
             self._noted.append((session.draft.shape, accept_lengths))
 
-    def learn(self, session: Session) -> None:
+    def learn(self, session: Session, sampling: Sampling, keep_logits: bool) -> None:
         """Learn from the answers so far, so that the next one may have a better tree.
 
         It takes a good part of a millisecond, which costs nothing while the device is busy with a round.
 
         Args:
-            session: the one that is in use.
+            session, sampling, keep_logits: those that are in use.
         """
         if self.tuner is not None and self._noted:
-            self.tuner.note(*self._noted.pop(0), session.captured)
+            self.tuner.note(*self._noted.pop(0), session.captured(sampling, keep_logits))
 
     def with_draft(self, draft: str, *, tree: TreeShape | None = None, head: str | int = "auto") -> Model:
         """The same target, weights shared, with another draft."""
@@ -231,7 +231,7 @@ class Model:
             if wrong:
                 raise UsageError(f"token id {wrong[0]} is outside the vocabulary of {self._backbone.vocab_size}")
         else:
-            ids = self.target.encode(prompt, chat=chat)  # type: ignore[arg-type]
+            ids = self.target.encode(prompt, chat=chat) if prompt else []  # type: ignore[arg-type]
         if not ids:
             raise UsageError("the prompt is empty, needed at least one token")
         if len(ids) >= self.context_length:
@@ -255,20 +255,23 @@ class Model:
         return session.draft.shape == self.tree or session.redraft(self._make_draft(self.tree))
 
     def prepare(self, session: Session, sampling: Sampling) -> None:
-        """Capture rounds of all trees that text may ask for, where nothing is captured yet: changes are free then.
+        """Capture rounds of the trees that easier and harder text asks for, so that a change to one of them is free.
+
+        Only in a session that has captured nothing, since other ways of sampling may come in any number.
 
         Args:
             session: its prompt has been read.
             sampling: of the answer that begins.
         """
-        if self.tuner is None or session.graphs is None or session.captured or not _has_memory(session.device):
+        graphs, now = session.graphs, session.draft.shape
+        if self.tuner is None or graphs is None or not graphs.empty or not _has_memory(session.device):
             return
-        now = self.tree
-        session.capture(sampling)  # first of all, should memory end
-        for shape in self.tuner.likely:
-            if session.graphs is not None and session.redraft(self._make_draft(shape)):
-                session.capture(sampling)
-        session.redraft(self._make_draft(now))
+        try:
+            for shape in [now, *self.tuner.likely]:
+                if not session.redraft(self._make_draft(shape)) or not session.capture(sampling):
+                    break
+        finally:
+            session.redraft(self._make_draft(now))
 
     def release(self, session: Session) -> None:
         """Keep ``session`` for the next answer; of several the largest stays."""

@@ -21,6 +21,8 @@ class Statistics:
         new_tokens: tokens returned.
         seconds: wall time, prefill included.
         prefill_seconds: until the first token.
+        capture_seconds: what the first answer of a session takes longer on a GPU, since trees are captured that later
+            ones may need; in ``time_split`` it belongs to the rest.
         accept_lengths: draft tokens accepted in each round; a round is one target forward after prefill.
         depth: levels of the draft tree.
         tree: its shape, as ``--tree`` takes it; None without one.
@@ -45,6 +47,7 @@ class Statistics:
     tree: str | None = None
     cache_bytes: int = 0
     memory_bytes: int = 0
+    capture_seconds: float = 0.0
     rows_per_round: int = 0
     router_recall: float | None = None
 

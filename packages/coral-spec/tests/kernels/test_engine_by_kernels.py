@@ -8,6 +8,7 @@ import torch
 from coral_spec import kernels
 from coral_spec.layers import Projection
 from coral_spec.model import load
+from coral_spec.sampling import Sampling
 from coral_spec.tree import TreeShape
 from drafting import CLEAR_SEEDS, PROMPT, clear_target, save_drafter
 from tiny import tiny_target
@@ -185,27 +186,60 @@ def test_trees_share_a_session_and_what_it_has_captured(tmp_path):
         model._tree = shape
         answer = model.generate(PROMPT, max_new_tokens=80, ignore_eos=True)
         assert answer.token_ids == expected and answer.statistics.tree == str(shape)
-        assert model._idle is not None and shape in model._idle.captured
+        assert model._idle is not None and shape in model._idle.captured(Sampling())
         graphs.add(id(model._idle.graphs))
-    assert len(graphs) == 1 and model._idle.captured == set(shapes)
+    assert len(graphs) == 1 and model._idle.captured(Sampling()) == set(shapes)
+
+
+LIKELY = [TreeShape(3, 10, 60), TreeShape(8, 10, 60)]
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A model that chooses its tree, begins with one and expects two others."""
+    monkeypatch.setenv("CORAL_SPEC_HOME", str(tmp_path / "home"))
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")), head="full")
+    assert model.tuner is not None
+    monkeypatch.setattr(type(model.tuner), "likely", LIKELY)
+    model.tuner.shape = TreeShape(5, 10, 60)
+    return model
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_trees_that_text_may_ask_for_are_captured_before_the_first_round(temperature, tmp_path, monkeypatch):
-    monkeypatch.setenv("CORAL_SPEC_HOME", str(tmp_path / "home"))
-    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+def test_trees_that_text_may_ask_for_are_captured_after_the_first_token(temperature, tuned):
     limits = {"max_new_tokens": 40, "temperature": temperature, "seed": 1, "ignore_eos": True}
-    expected = load(target, draft="none").generate(PROMPT, **limits).token_ids
-    model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")), head="full")
-    assert model.tuner is not None
-    monkeypatch.setattr(type(model.tuner), "likely", [TreeShape(3, 10, 60), TreeShape(8, 10, 60)])
-    shape = model.tuner.shape = TreeShape(5, 10, 60)
-    assert model.generate(PROMPT, **limits).token_ids == expected
-    assert model._idle is not None and model._idle.captured == {shape, *model.tuner.likely}
-    rounds = dict(model._idle.graphs._rounds)
-    for other in model.tuner.likely:
-        model.tuner.shape = other
-        assert model.generate(PROMPT, **limits).token_ids == expected
-        assert model._idle.graphs._rounds == rounds  # nothing was captured for the change
+    expected = load(tuned.target, draft="none").generate(PROMPT, **limits).token_ids
+    assert tuned.generate(PROMPT, max_new_tokens=1).statistics.capture_seconds == 0  # no round, no need of any
+    answer = tuned.generate(PROMPT, **limits)
+    assert answer.token_ids == expected and answer.statistics.capture_seconds > 0
+    rounds = dict(tuned._idle.graphs._rounds)
+    assert {key[0] for key in rounds} == {TreeShape(5, 10, 60), *LIKELY}
+    for other in LIKELY:
+        tuned.tuner.shape = other
+        answer = tuned.generate(PROMPT, **limits)
+        assert answer.token_ids == expected and answer.statistics.capture_seconds == 0
+        assert tuned._idle.graphs._rounds == rounds  # nothing was captured for the change
+    other = Sampling(temperature=0.5)
+    assert tuned._idle.captured(other) == tuned._idle.captured(Sampling(temperature), keep_logits=True) == set()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_tree_that_there_is_no_memory_for_costs_no_other_one_its_graph(tuned, monkeypatch, recwarn):
+    captures, graph = [], torch.cuda.graph
+
+    def refuse_the_second_tree(*arguments, **options):
+        captures.append(arguments)
+        if len(captures) > 4:  # the prompt's two, and the first tree's two
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return graph(*arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse_the_second_tree)
+    expected = load(tuned.target, draft="none").generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids
+    captures.clear()
+    assert tuned.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids == expected
+    assert {key[0] for key in tuned._idle.graphs._rounds} == {TreeShape(5, 10, 60)} and len(captures) == 5
+    assert not [each for each in recwarn.list if "not captured" in str(each.message)]

@@ -72,7 +72,8 @@ class Replayed:
                 features.copy_(self._forward(inputs))
         except RuntimeError as error:  # an operation that waits for the device, or no memory left
             self._most = 0
-            cause = error.__context__ or error  # of a capture that failed, the end of it says nothing but that
+            # Of a capture that failed, the end says nothing but that.
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             reason = (str(cause).strip().splitlines() or [""])[0]
             warnings.warn(f"the target's forward is not captured ({reason}): training launches it", stacklevel=4)
             return False

@@ -128,7 +128,7 @@ class Tuner:
         now = average(self.shape, self.costs, self.acceptance, self.hardness)
         free = choose(self.costs, self.acceptance, self.hardness, among={self.shape, *ready})
         if free.tokens_per_second > GAIN * now.tokens_per_second:
-            self.shape, now = free.shape, free
+            self.shape, self.lost, now = free.shape, 0.0, free
         best = choose(self.costs, self.acceptance, self.hardness)
         if best.tokens_per_second <= GAIN * now.tokens_per_second:
             self.lost = 0.0
