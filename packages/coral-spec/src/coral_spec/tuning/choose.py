@@ -13,7 +13,9 @@ TYPICAL = 1.2  # hardness to begin with: the profile's long answers to simple pr
 # Text differs: the bundled drafter met hardness 0.6 (GSM8K), 1.2 (HumanEval) and 1.8 (MT-bench) in 128-token answers.
 SPREAD = (0.5, 1.0, 1.5)
 MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEMORY) of its difference
-NEAR = 0.99  # shapes within this share of the best count as good as it
+# Shapes within this share of the best count as good as it. A captured round takes what it was timed at, to a percent;
+# on a CPU rounds take longer among other work than when they are timed, the more so the more rows they have.
+NEAR, NEAR_UNCAPTURED = 0.99, 0.96
 GAIN = 1.03  # another shape must promise this much more
 LIKELY = (0.5, 0.8, TYPICAL, 1.8)  # hardness of text from easy to hard, whose trees are made ready before any is met
 
@@ -65,7 +67,8 @@ def choose(
     shapes = [shape for shape in [*timed, *([None] if plain else [])] if among is None or shape in among]
     choices = [average(shape, costs, acceptance, hardness, spread) for shape in shapes]
     best = max(choice.tokens_per_second for choice in choices)
-    near = [choice for choice in choices if choice.tokens_per_second >= NEAR * best]
+    share = NEAR if costs.change else NEAR_UNCAPTURED
+    near = [choice for choice in choices if choice.tokens_per_second >= share * best]
     return min(near, key=lambda choice: choice.milliseconds)
 
 
