@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from coral_spec.commands import options
+
+if TYPE_CHECKING:
+    from coral_spec.answer import Limits
+    from coral_spec.model import Model
+
+WARM_UP = 16  # tokens
 
 
 def run(
@@ -53,13 +59,17 @@ def run(
     loaded = coral_spec.load(model, draft=draft, device=device, dtype=dtype, tree=shape, head=options.parse_head(head))
     with options.interruptible() as pressed:
         limits["should_stop"] = pressed
+        if compare:
+            _warm_up(loaded, text, chat, limits)
         answer = loaded.generate(text, chat=chat, on_text=_show, **limits)
         typer.echo()
         line = options.summary(answer)
         record = {**evidence(seed), "text": answer.text, "finish_reason": answer.finish_reason}
         record["statistics"] = answer.statistics.to_dict()
         if compare and answer.finish_reason != "interrupted":
-            plain = loaded.with_draft("none").generate(text, chat=chat, **limits)
+            undrafted = loaded.with_draft("none")
+            _warm_up(undrafted, text, chat, limits)
+            plain = undrafted.generate(text, chat=chat, **limits)
             speedup = answer.statistics.tokens_per_second / plain.statistics.tokens_per_second
             same = answer.token_ids == plain.token_ids
             words = "the same tokens"
@@ -73,6 +83,14 @@ def run(
     typer.echo(line, err=True)
     if json is not None:
         write_json(json, record)
+
+
+def _warm_up(model: Model, text: str, chat: bool, limits: Limits) -> None:
+    """Capture on a GPU what an answer needs, so that two are compared by what they take themselves."""
+    if model.target.device.type == "cuda":
+        short = limits.copy()
+        short["max_new_tokens"] = WARM_UP
+        model.generate(text, chat=chat, **short)
 
 
 def _show(piece: str) -> None:
