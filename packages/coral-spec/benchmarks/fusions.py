@@ -41,8 +41,8 @@ LAYERS = 12  # 85 MB of weights: more than a level-2 cache holds
 TOLERANCE = 0.05  # relative error that bf16 may make
 STOCK = ("model classes", "fewer operations")
 TAKEN_BACK = ("norm with projection", "activation with gate-up", "residual with projection", "joint projections")
-FORMS = (*STOCK, *(f"{each}, compiled" for each in STOCK), "kernels", *(f"without {each}" for each in TAKEN_BACK))
-FORMS = (*FORMS, "without early starts")
+COMPILED, WITHOUT = (f"{each}, compiled" for each in STOCK), (f"without {each}" for each in TAKEN_BACK)
+FORMS = (*STOCK, *COMPILED, "kernels", *WITHOUT, "without early starts")
 _linear = linear.linear
 
 
@@ -58,9 +58,9 @@ def _taken_back(fusion: str) -> Callable[..., linear.Rows]:
             projected = _linear(states, weight).states
             return linear.normed(projected, residual=options["residual"], next_norm=options["next_norm"])
         if fusion == "joint projections" and states.shape[1] < weight.shape[0] and not options.get("gated"):
-            width = states.shape[1]  # query, then key and value
-            ends = (width, (weight.shape[0] - width) // 2)
-            parts = [_linear(states, each, **options).states for each in weight.split((ends[0], ends[1], ends[1]))]
+            query = states.shape[1]
+            key = (weight.shape[0] - query) // 2
+            parts = [_linear(states, each, **options).states for each in weight.split((query, key, key))]
             return linear.Rows(torch.cat(parts, dim=1))
         if fusion == "joint projections" and options.get("gated"):
             options = options | {"gated": False, "activation": None}
@@ -72,7 +72,12 @@ def _taken_back(fusion: str) -> Callable[..., linear.Rows]:
 
 
 def _norm_apart(
-    projection: layers.Projection, rows: linear.Rows, norm: layers.Norm | None, *, activation: str | None, cast: bool
+    projection: layers.Projection,
+    rows: linear.Rows,
+    norm: layers.Norm | None,
+    *,
+    activation: str | None = None,
+    cast: bool,
 ) -> linear.Rows:
     states = rows.states if norm is None else linear.normed(rows.states, norm.weight, norm.eps).states
     assert projection.weight is not None
@@ -101,11 +106,7 @@ def form(name: str) -> Iterator[None]:
             # torch.compile cannot trace a cached property
             put(layers.Nodes, "slots", property(layers.Nodes.slots.func))
         elif name == "without norm with projection":
-            put(
-                layer,
-                "_project",
-                lambda *args, activation=None, cast: _norm_apart(*args, activation=activation, cast=cast),
-            )
+            put(layer, "_project", _norm_apart)
             put(layer, "_add", _add_apart)
         elif name == "without early starts":
             for module in (attention, inputs, linear, slots, top, tree):
@@ -160,17 +161,18 @@ def main() -> None:
                     time, states = measure(backbone, nodes, 2 if options.quick else 8, "compiled" in name)
                 except Exception as failure:  # some releases of torch cannot compile some of these
                     reason = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0]}"
-                    found[name][str(nodes)] = {"microseconds": float("nan"), "failed": reason}
+                    found[name][str(nodes)] = {"microseconds": None, "failed": reason}
                     print(reason)
                     continue
                 error = float((states - exact.setdefault(nodes, states)).norm() / exact[nodes].norm())
                 if not error < TOLERANCE:
                     raise SystemExit(f"{name} with {nodes} nodes is {error:.1%} off the model's own classes")
-                found[name][str(nodes)] = {"microseconds": time, "error": error}
+                found[name][str(nodes)] = {"microseconds": time if cuda else None, "error": error}
         print(name, flush=True)
     out = Table("form", *(f"{nodes} nodes, µs a layer" for nodes in NODES))
     for name, each in found.items():
-        out.add_row(name, *(f"{each[str(nodes)]['microseconds']:.1f}" for nodes in NODES))
+        times = [each[str(nodes)]["microseconds"] for nodes in NODES]
+        out.add_row(name, *("-" if time is None else f"{time:.1f}" for time in times))
     Console(width=130).print(out)
     if options.json is not None:
         settings = {"layers": config.num_hidden_layers, "context": CONTEXT, "device": str(device), "dtype": str(dtype)}

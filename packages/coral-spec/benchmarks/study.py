@@ -13,21 +13,22 @@ committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
 On several GPUs leases that do not need one another run at a time, a process each with its own CUDA_VISIBLE_DEVICES.
 Commands of a step run one after another, or `--at-once` of them: a training alone uses a GPU well.
 
-The plan, with what it took on an H100 where that is known (a training of 3 steps: 30 ms a step with SmolLM2):
+The plan, with what it took on an H100 where that is known (a training of 3 steps: 37 to 60 ms a step with SmolLM2, by
+how fast the host launches):
 
 1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes.
 2. `smollm2-sweep`: CSRA's anchor, weight and temperature, 21 short trainings; 20 minutes.
-3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, 6,000: 8 minutes; then
+3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, 6,000: 16 minutes; then
    acceptance on three sets at temperature 0, four processes, 2 minutes: in fp32, where all answers are the same text.
 4. `smollm2-settings`: EAGLE-2 with the same alignment to the target, which tells what the alignment does without
-   further steps, and other weights of CSRA at full length: 10 minutes.
+   further steps, and other weights of CSRA at full length: 20 minutes.
 5. `smollm2-router`: routers over grouping x groups x always-read groups on the CSRA drafter of seed 0, 7 short
    trainings: 5 minutes; acceptance by active groups and score scale: 6 minutes.
 6. `smollm2-heads`: the full training of the chosen router, and of low-rank heads of as many weights as some numbers of
    rows have: 4 minutes; all heads at equal drafter and tree, in fp32: 4 minutes; temperature 1 for EAGLE-2 and CORAL: 2
    minutes; speed alone, 10 prompts x 128 tokens: 5 minutes.
 7. `smollm2-bundled`: answers to prompts that the target writes itself, a longer training, its router, its acceptance:
-   18 minutes.
+   25 minutes.
 8. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
 9. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
 """
@@ -159,7 +160,7 @@ class Study:
         for recipe, name in names.items():
             commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter")
         keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
-        return Step(8 if family == "smollm2" else 20, commands, keep)
+        return Step(16 if family == "smollm2" else 20, commands, keep)
 
     def drafters(self, family: str, seed: int, recipes: Sequence[str] = tuple(RECIPES)) -> list[str]:
         """Options that name drafters, as they lie in this lease or in what earlier ones have kept."""
@@ -190,7 +191,7 @@ class Study:
             flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
             commands |= self.training(family, f"{family}-{recipe}-0", preset, 0, "--stages", "drafter", *flags)
         options = [*self.drafters(family, 0, ("eagle2", "hass", "csra", *SETTINGS)), "--head", "full", *EXACT]
-        return [*one_by_one(commands, 3), Step(4, self.evaluation(family, "settings-t0", *options), {})]
+        return [*one_by_one(commands, 6), Step(4, self.evaluation(family, "settings-t0", *options), {})]
 
     def bundled(self, family: str) -> list[Step]:
         """The drafter and router that the package has: more answers, more steps."""
@@ -202,7 +203,7 @@ class Study:
         routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *EXACT]
         return [
             self.answers(family, OWN),
-            Step(9, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
+            Step(16, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
             Step(2, self.evaluation(family, "bundled-t0", *options), {}),
             Step(1, self.evaluation(family, "bundled-routed-t0", *routed), {}),
         ]

@@ -206,3 +206,9 @@ def test_a_head_that_is_none_is_refused(options, plain, tmp_path):
     folder = save_drafter(plain.target, tmp_path)
     with pytest.raises(UsageError, match="head is"):
         load(plain.target, draft=str(folder), **options)
+
+
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_prompt_is_refused(prompt, plain):
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        plain.generate(prompt, max_new_tokens=2)
