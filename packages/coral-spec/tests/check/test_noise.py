@@ -55,6 +55,19 @@ def test_a_close_gap_is_no_excuse_for_logits_that_are_too_far() -> None:
     assert judge(mismatch, torch.bfloat16, noise=0.3, distance=0.5, baseline_distance=0.05).verdict == "bug"
 
 
+def test_noise_of_the_judged_run_counts_where_its_logits_are_as_near_to_fp32_as_the_baselines() -> None:
+    mismatch = Mismatch(3, (1, 2), gap=0.4)
+
+    def verdict(own_noise: float, distance: float) -> str:
+        return judge(
+            mismatch, torch.bfloat16, noise=0.3, own_noise=own_noise, distance=distance, baseline_distance=0.05
+        ).verdict
+
+    assert verdict(0.45, 0.05) == "tie"
+    assert verdict(0.35, 0.05) == "bug"  # neither run errs by so much
+    assert verdict(0.45, 0.06) == "bug"  # the logits that err may be wrong
+
+
 def test_one_bug_makes_the_whole_run_a_bug() -> None:
     assert summarise(["exact", "tie", "exact"]) == "ties"
     assert summarise(["tie", "bug"]) == "bug"

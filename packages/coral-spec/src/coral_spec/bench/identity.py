@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from torch import Tensor
-
-from coral_spec.bench.methods import Answer, Method
 from coral_spec.bench.records import Record
 from coral_spec.bench.runner import Bench
 from coral_spec.bench.tasks import Prompt
@@ -60,11 +57,10 @@ class Identity:
         assert mismatch is not None
         self._measure_noise(prompt)
         dtype = self.bench.model.target.dtype
-        distance = record.distance
-        if distance is None:
-            distance = logit_distance(*self._logits(ids, self._answer(record.method, ids)))
-
-        verdict = partial(judge, mismatch, dtype, distance=distance)
+        noise, distance = record.noise, record.distance
+        if noise is None or distance is None:
+            noise, distance = self._against_fp32(ids, record.method)
+        verdict = partial(judge, mismatch, dtype, own_noise=noise, distance=distance)
         found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
         hopeless = not is_tie(mismatch.gap, float("inf"), dtype)
         for other in self.prompts:
@@ -82,17 +78,16 @@ class Identity:
         baseline = self.baselines[prompt.id]
         noise, distance = baseline.noise, baseline.distance
         if noise is None or distance is None:
-            logits, exact = self._logits(ids, self._answer(BASELINE, ids))
-            noise, distance = margin_noise(logits, exact), logit_distance(logits, exact)
+            noise, distance = self._against_fp32(ids, BASELINE)
         self.noise, self.baseline_distance = max(self.noise, noise), max(self.baseline_distance, distance)
 
-    def _answer(self, method: str, ids: list[int]) -> Answer:
-        found: Method = next(each for each in self.bench.methods if each.name == method)
-        return found.answer(ids, replace(self.bench.settings.request, record_logits=True))
-
-    def _logits(self, ids: list[int], answer: Answer) -> tuple[Tensor, Tensor]:
+    def _against_fp32(self, ids: list[int], name: str) -> tuple[float, float]:
+        """Margin noise and distance of a method's logits for a prompt, which it answers once more."""
+        method = next(each for each in self.bench.methods if each.name == name)
+        answer = method.answer(ids, replace(self.bench.settings.request, record_logits=True))
         assert answer.logits is not None
-        return answer.logits, reference_logits(self.bench.reference, ids, answer.ids)
+        exact = reference_logits(self.bench.reference, ids, answer.ids)
+        return margin_noise(answer.logits, exact), logit_distance(answer.logits, exact)
 
 
 def judge_all(

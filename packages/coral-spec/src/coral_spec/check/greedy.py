@@ -70,6 +70,7 @@ class GreedyReport:
 class _Pair:
     mismatch: Mismatch | None
     noise: float
+    own_noise: float
     baseline_distance: float
     distance: float
     tokens: int
@@ -104,7 +105,14 @@ def check_greedy(
     return GreedyReport(
         dtype=str(dtype).removeprefix("torch."),
         judgements=[
-            judge(p.mismatch, dtype, noise=noise, distance=p.distance, baseline_distance=baseline_distance)
+            judge(
+                p.mismatch,
+                dtype,
+                noise=noise,
+                own_noise=p.own_noise,
+                distance=p.distance,
+                baseline_distance=baseline_distance,
+            )
             for p in pairs
         ],
         noise=noise,
@@ -125,6 +133,7 @@ def _compare(plain: Model, drafted: Model, reference: nn.Module, prompt: list[in
     return _Pair(
         mismatch=mismatch,
         noise=margin_noise(baseline.logits, exact),
+        own_noise=margin_noise(other.logits, own),
         baseline_distance=logit_distance(baseline.logits, exact),
         distance=logit_distance(other.logits, own),
         tokens=len(other.token_ids),

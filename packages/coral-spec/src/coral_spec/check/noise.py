@@ -4,7 +4,8 @@ In bf16 even plain decoding gives other ids when its matrix products have other 
 proves nothing. The rule (ours): it is a **tie** when the gap of the two tokens in fp32 is at most the run's own
 noise, the largest |top-2 margin in working precision - the same in fp32| over the baseline's positions, capped; and
 when the drafted run's logits are no farther from fp32 than twice the baseline's. Anything else is a **bug**. In fp32
-only a gap under 1e-3 is a tie.
+only a gap under 1e-3 is a tie. A mismatch needs an error as large as its gap in one of the two runs, not in the
+baseline: where the drafted run's logits are no farther from fp32 than the baseline's own, its noise counts as well.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def judge(
     dtype: torch.dtype,
     *,
     noise: float,
+    own_noise: float = 0.0,
     distance: float | None = None,
     baseline_distance: float | None = None,
 ) -> Judgement:
@@ -65,11 +67,14 @@ def judge(
         mismatch: the first one with its fp32 gap, or None.
         dtype: working precision.
         noise: largest `margin_noise` over the baseline's positions of the run.
+        own_noise: the same of the judged run.
         distance: largest `logit_distance` of the judged run.
         baseline_distance: largest `logit_distance` of the baseline over the run.
     """
     far = distance is not None and distance > max(DISTANCE_FACTOR * (baseline_distance or 0.0), DISTANCE_FLOOR)
     verdict: Verdict = "bug" if far else "exact"
+    if distance is not None and baseline_distance is not None and distance <= baseline_distance:
+        noise = max(noise, own_noise)
     if mismatch is not None and not far:
         verdict = "tie" if is_tie(mismatch.gap, noise, dtype) else "bug"
     return Judgement(
