@@ -106,7 +106,7 @@ def measure(target: Target, shape: TreeShape | None, rounds: int) -> dict[str, A
 def replay(session: Session, rounds: int) -> float:
     """Milliseconds of the round's graph, back to back, at about the length of the text before."""
     assert session.graphs is not None
-    graph = next(each.graph for (_, _, timed), each in session.graphs._rounds.items() if not timed)
+    graph = next(each.graph for (*_, timed), each in session.graphs._rounds.items() if not timed)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     session.rewind(session.filled // 2)
     before = session.lengths.clone()

@@ -351,8 +351,9 @@ class Study:
         failed = [log for log, process in running if process.wait()]
         if failed:
             raise SystemExit("\n".join([f"{failed[0]}:", *failed[0].read_text().splitlines()[-12:]]))
-        for out in step.commands:
-            (self.work / out).touch()  # answers are complete when their command has ended
+        for out, options in step.commands.items():
+            if options[0] == "data":
+                (self.work / out).touch()  # answers are complete when their command has ended
 
     def keep(self, step: Step) -> None:
         """Copy what later leases and RESULTS.md need out of the runs."""

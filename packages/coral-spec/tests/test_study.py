@@ -58,3 +58,14 @@ def test_settings_of_trainings_are_known(commands: list[list[str]]) -> None:
         drafter = next(map(Path, values(options, "--drafter")), None)
         flags = {"stages": values(options, "--stages")[0].split(","), "drafter": drafter}
         load_config(TrainConfig, Path(values(options, "--config")[0]), {**settings, **flags})
+
+
+def test_a_training_of_an_earlier_lease_needs_no_run_here(tmp_path: Path) -> None:
+    study = load_study().Study(tmp_path, tmp_path / "prompts.jsonl")
+    step = study.heads("smollm2")
+    for out in step.commands:
+        kept = tmp_path / "results/training" / Path(out).relative_to("runs")
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+    study.do(step, 1)
+    assert not (tmp_path / "runs").exists()

@@ -212,15 +212,15 @@ def tuned(tmp_path, monkeypatch):
 def test_trees_that_text_may_ask_for_are_captured_after_the_first_token(temperature, tuned):
     limits = {"max_new_tokens": 40, "temperature": temperature, "seed": 1, "ignore_eos": True}
     expected = load(tuned.target, draft="none").generate(PROMPT, **limits).token_ids
-    assert tuned.generate(PROMPT, max_new_tokens=1).statistics.capture_seconds == 0  # no round, no need of any
+    assert tuned.generate(PROMPT, max_new_tokens=1).statistics.capture_seconds < 1e-3  # no round, no need
     answer = tuned.generate(PROMPT, **limits)
-    assert answer.token_ids == expected and answer.statistics.capture_seconds > 0
+    assert answer.token_ids == expected and answer.statistics.capture_seconds > 1e-2
     rounds = dict(tuned._idle.graphs._rounds)
     assert {key[0] for key in rounds} == {TreeShape(5, 10, 60), *LIKELY}
     for other in LIKELY:
         tuned.tuner.shape = other
         answer = tuned.generate(PROMPT, **limits)
-        assert answer.token_ids == expected and answer.statistics.capture_seconds == 0
+        assert answer.token_ids == expected and answer.statistics.capture_seconds < 1e-3
         assert tuned._idle.graphs._rounds == rounds  # nothing was captured for the change
     other = Sampling(temperature=0.5)
     assert tuned._idle.captured(other) == tuned._idle.captured(Sampling(temperature), keep_logits=True) == set()
