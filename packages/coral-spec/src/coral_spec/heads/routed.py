@@ -14,7 +14,7 @@ from coral_spec import kernels, packing
 from coral_spec.backbone import Backbone
 from coral_spec.grouping import EMPTY
 from coral_spec.heads.interface import ProposalHead
-from coral_spec.router import Routing, choose_groups
+from coral_spec.router import Router, Routing, choose_groups
 
 
 def grouped_top(
@@ -59,9 +59,16 @@ def grouped_top(
     return top_of_slabs(logits, ids[active], count, log_mass)
 
 
-def top_of_slabs(logits: Tensor, ids: Tensor, count: int, log_mass: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The second half of :func:`grouped_top`: ``logits (nodes, k, rows)`` of tokens ``ids (k, rows)``."""
-    logits = logits.float().masked_fill(ids == EMPTY, float("-inf"))
+def top_of_slabs(
+    logits: Tensor, ids: Tensor, count: int, log_mass: Tensor | None, *, gaps: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The second half of :func:`grouped_top`: ``logits (nodes, k, rows)`` of tokens ``ids (k, rows)``.
+
+    Without ``gaps`` no place is empty.
+    """
+    logits = logits.float()
+    if gaps:
+        logits = logits.masked_fill(ids == EMPTY, float("-inf"))
     if log_mass is None:
         flat = logits.flatten(1)
         best = flat.topk(count, dim=-1)
@@ -87,7 +94,12 @@ class RoutedHead(ProposalHead):
         bias = getattr(output, "bias", None)
         self._bias = None if bias is None else grouping.slabs(bias)
         self._plain = bias is None and backbone.leaves_logits_alone
-        self._packed = [packing.pack(slab) for slab in slabs] if _packable(slabs) else None
+        self._gaps = bool((grouping.slots == EMPTY).any())
+        self._router: Router = packing.packed(routing.router)
+        self._fixed, self._packed = None, None
+        if _packable(slabs):  # what is always read is one product
+            self._fixed = packing.pack(slabs[: grouping.always].flatten(0, 1)) if grouping.always else None
+            self._packed = [packing.pack(slab) for slab in slabs[grouping.always :]]
         self._slabs = slabs if self._packed is None else None
         self._levels: list[Tensor] = []  # the groups that each level of the last tree has read
 
@@ -105,7 +117,7 @@ class RoutedHead(ProposalHead):
         if self._served(features, count):
             return self._top_by_kernels(features, count, scores)
         nodes = features.flatten(0, 1)
-        log_probs = routing.router(nodes)
+        log_probs = self._router(nodes)
         paths = None if scores is None else scores.flatten()
         active = choose_groups(log_probs, paths, routing.grouping.always, routing.active)
         self._levels = [active] if scores is None else [*self._levels, active]
@@ -127,7 +139,7 @@ class RoutedHead(ProposalHead):
     def _top_by_kernels(self, features: Tensor, count: int, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self._slabs is not None
         routing = self._routing
-        logits = routing.router.logits(features)
+        logits = self._router.logits(features)
         active, mass = kernels.choose_groups(logits, scores, routing.grouping.always, routing.active)
         self._levels = [active] if scores is None else [*self._levels, active]
         hierarchical = routing.scores == "hierarchical"
@@ -137,14 +149,17 @@ class RoutedHead(ProposalHead):
         if self._slabs is not None and self._plain:
             return grouped_top(nodes, self._slabs, active, count, ids=self._ids, log_mass=log_mass)
         if self._packed is not None:
-            parts = [packing.multiply(nodes, self._packed[group], None) for group in active.tolist()]
-            logits = torch.stack(parts, dim=1)
+            fixed, always = self._fixed, self._routing.grouping.always
+            parts = [] if fixed is None else [packing.multiply(nodes, fixed, None)]
+            parts += [packing.multiply(nodes, self._packed[group - always], None) for group in active[always:].tolist()]
+            logits = torch.cat(parts, dim=1).view(len(nodes), len(active), -1)
         else:
             assert self._slabs is not None
             logits = torch.einsum("nw,krw->nkr", nodes, self._slabs[active])
         if self._bias is not None:
             logits = logits + self._bias[active]
-        return top_of_slabs(self._backbone.finish_logits(logits), self._ids[active], count, log_mass)
+        logits = self._backbone.finish_logits(logits)
+        return top_of_slabs(logits, self._ids[active], count, log_mass, gaps=self._gaps)
 
     def seen(self, tokens: Tensor, counts: Tensor) -> Tensor | None:
         """See :class:`ProposalHead`."""
