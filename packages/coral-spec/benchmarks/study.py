@@ -361,8 +361,9 @@ class Study:
             if (self.work / source).is_dir():
                 shutil.copytree(self.work / source, self.work / "keep" / name, dirs_exist_ok=True)
         for out in step.commands:
-            run = (self.work / out).parent
-            if out.startswith("runs/"):
+            if not out.startswith("runs/"):
+                continue
+            for run in {(self.work / out).parent, self.work / "runs" / Path(out).parts[1]}:  # of a stage, and before it
                 kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
                 kept.mkdir(parents=True, exist_ok=True)
                 for file in ("config.toml", "metrics.jsonl", "result.json", "curves.png"):
