@@ -16,7 +16,7 @@ from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import Drafter, DrafterConfig
 from coral_spec.grouping import EMPTY, make_grouping
-from coral_spec.heads import FullHead, LowRankHead, RoutedHead
+from coral_spec.heads import FullHead, LowRankHead, RoutedHead, choose
 from coral_spec.heads.choose import HeadChoice, spared_share
 from coral_spec.heads.low_rank import LowRankFactors
 from coral_spec.heads.routed import grouped_top
@@ -183,6 +183,22 @@ def test_no_head_changes_the_text(target: Target, folder: Path, head: str, tempe
     plain = load(target, draft="none").generate(PROMPT, **limits)
     found = load(target, draft=str(folder), head=head, tree=SMALL).generate(PROMPT, **limits)
     assert found.token_ids == plain.token_ids
+
+
+def test_small_groups_are_left_to_the_most_frequent_rows(
+    target: Target, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kind() -> str:
+        return load(target, draft=str(folder), tree=SMALL)._make_draft(SMALL).head.kind  # type: ignore[attr-defined, no-any-return]
+
+    assert kind() == "frequency"
+    with monkeypatch.context() as patch:
+        patch.setattr(choose, "SMALLEST_SLAB", 33 * WIDTH * 4)
+        assert kind() == "routed"
+        patch.setattr(choose, "SMALLEST_SLAB", 33 * WIDTH * 4 + 1)
+        assert kind() == "frequency"
+    (folder / "frequency.safetensors").unlink()
+    assert kind() == "routed"  # all rows are the alternative
 
 
 def test_telemetry_says_rows_and_recall(target: Target, folder: Path) -> None:

@@ -66,8 +66,8 @@ def load(
             acceptance departs from what was expected. It is no drafting at all where none would pay. For n-grams it is
             a fixed one, which is not measured.
         head: what the drafter proposes from: ``full``, ``frequency`` or a number of the most frequent rows, ``routed``
-            or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed, frequency
-            and full that the drafter's folder has the files for.
+            or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed (with
+            groups of 1 MiB and more), frequency and full that the drafter's folder has the files for.
         max_length: lowers the context length, in tokens.
         attention: transformers' implementation, ``sdpa`` or ``eager``.
 

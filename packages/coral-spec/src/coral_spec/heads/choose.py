@@ -6,8 +6,11 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import Drafter, load_ranking
+from coral_spec.grouping import Grouping
 from coral_spec.heads.frequency import FrequencyHead
 from coral_spec.heads.full import FullHead
 from coral_spec.heads.interface import ProposalHead
@@ -25,6 +28,7 @@ NEEDED = (
 FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 FEWEST_ROWS = 64
 WORTH_ROUTING = 0.1  # share of a draft step's weights that a router must spare
+SMALLEST_SLAB = 2**20  # bytes of a group: of smaller ones a CPU's product takes longer to begin than to read
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class HeadChoice:
 def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Drafter) -> ProposalHead:
     """The head of a drafter's folder.
 
-    ``auto`` is the router where there is one, else the most frequent rows where they are known, else all rows.
+    ``auto`` is the router where there is one and its groups are not too small, else the most frequent rows where they
+    are known, else all rows.
 
     Raises:
         UsageError: the folder lacks what the head needs, or has it for another model.
@@ -79,7 +84,9 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     ranking = load_ranking(folder)
     kind = choice.kind
     if kind == "auto":
-        kind = "routed" if (folder / ROUTER).is_file() else "frequency" if ranking is not None else "full"
+        kind = "full" if ranking is None else "frequency"
+        if (folder / ROUTER).is_file() and (ranking is None or _slab_bytes(backbone, folder) >= SMALLEST_SLAB):
+            kind = "routed"
     if kind == "full":
         return FullHead(backbone)
     if kind == "frequency":
@@ -95,6 +102,12 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     )
     warn_small_head(routing, sum(part.numel() for part in drafter.parameters()), backbone.hidden_size)
     return RoutedHead(backbone, routing)
+
+
+def _slab_bytes(backbone: Backbone, folder: Path) -> int:
+    """Of one group of head rows."""
+    weight: Tensor = backbone.output.weight
+    return Grouping.load(folder, backbone.vocab_size).rows * backbone.hidden_size * weight.itemsize
 
 
 def _factors(backbone: Backbone, folder: Path, rank: int | None) -> LowRankFactors:
