@@ -16,6 +16,7 @@ from expkit.device import (
     resolve_device,
     resolve_dtype,
     to_device,
+    visible_gpus,
 )
 from expkit.errors import UsageError
 
@@ -122,3 +123,22 @@ def test_a_tensor_arrives_on_a_device_as_it_was(name: str) -> None:
     arrived = to_device(sent, torch.device(name))
     assert arrived.device.type == name
     assert torch.equal(arrived.cpu(), sent)
+
+
+@pytest.mark.parametrize(("named", "expected"), [("GPU-7,5,3", ["GPU-7", "5"]), (None, ["0", "1"])])
+def test_gpus_for_children_are_the_visible_ones(
+    named: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert visible_gpus(2) == expected
+    with pytest.raises(UsageError, match="4 GPUs, but only 3 are visible"):
+        visible_gpus(4)
+
+
+def test_without_gpus_children_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus(2) == ["0", "1"]

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 
 from expkit.checkpoint import write_json, write_text
+from expkit.device import visible_gpus
 from expkit.rundir import evidence
 from pden.evaluation import table
 from pden.evaluation.chart import save_bars
@@ -98,18 +99,12 @@ def command(job: Job, arguments: argparse.Namespace) -> list[str]:
     return [str(each) for each in words] + (["--resume"] if (runs / job.name / "config.toml").is_file() else [])
 
 
-def devices(count: int) -> list[str]:
-    """The first GPUs, each as the CUDA_VISIBLE_DEVICES of a process that is to see no other."""
-    own = os.environ.get("CUDA_VISIBLE_DEVICES")  # a child's numbers count all GPUs of the machine
-    return [str(each) for each in range(count)] if own is None else own.split(",")[:count]
-
-
 def train(jobs: Sequence[Job], arguments: argparse.Namespace, side: int, gpus: int, deadline: float) -> int:
     """Trainings, `side` at a time on each GPU, until they are done or time is over; the number that are not done."""
     open_jobs = [job for job in jobs if not result_of(job, arguments.out).is_file()]
     running: list[tuple[Job, str, subprocess.Popen[bytes]]] = []
     undone = 0
-    visible = devices(gpus)
+    visible = visible_gpus(gpus)
     try:
         while (open_jobs or running) and time.monotonic() < deadline:
             while open_jobs and len(running) < side * len(visible):

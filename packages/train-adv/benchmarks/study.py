@@ -48,7 +48,6 @@ import gc
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, replace
@@ -64,7 +63,7 @@ from study_report import choose, line, pack, report
 
 from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config
-from expkit.device import resolve_device
+from expkit.device import resolve_device, visible_gpus
 from expkit.distributed import World
 from expkit.errors import UsageError
 from expkit.metrics import read_metrics
@@ -183,15 +182,6 @@ def run_on_gpus(arguments: argparse.Namespace) -> int:
         )
     print(report(read_results(arguments.out)))
     return 1 if failed else 0
-
-
-def visible_gpus(count: int) -> list[str]:
-    """So many GPUs as CUDA_VISIBLE_DEVICES names them; where there are none at all, processes share the CPU."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    ids = named.split(",") if named is not None else [str(each) for each in range(torch.cuda.device_count() or count)]
-    if count > len(ids):
-        raise UsageError(f"--gpus {count}: only {len(ids)} are visible ({', '.join(ids)})")
-    return ids[:count]
 
 
 def lease_end(arguments: argparse.Namespace) -> float:

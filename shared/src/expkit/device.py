@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -48,6 +49,21 @@ def resolve_device(name: str = "auto") -> torch.device:
     if index >= count:
         raise UsageError(f'device "{name}": there are {count}; the last is cuda:{count - 1}')
     return torch.device("cuda", index)
+
+
+def visible_gpus(count: int) -> list[str]:
+    """The first `count` GPUs, each as the CUDA_VISIBLE_DEVICES of a process that is to see no other.
+
+    Where there is none at all, the names are of none, and the processes share the CPU.
+
+    Raises:
+        UsageError: fewer are visible.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")  # a child's numbers count all GPUs of the machine
+    ids = named.split(",") if named else [str(each) for each in range(torch.cuda.device_count() or count)]
+    if count > len(ids):
+        raise UsageError(f"{count} GPUs, but only {len(ids)} are visible ({', '.join(ids)})")
+    return ids[:count]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -154,14 +154,6 @@ def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tm
     assert standards == {"gpu0", "gpu1"} and found["epsilon-0"]["reference"] == found["epsilon-2"]["reference"]
 
 
-def test_gpus_are_the_visible_ones(modules, monkeypatch):
-    study, _, _ = modules
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,GPU-1a")
-    assert study.visible_gpus(2) == ["5", "7"]
-    with pytest.raises(study.UsageError, match="--gpus 4: only 3 are visible"):
-        study.visible_gpus(4)
-
-
 def test_missing_libraries_are_said_before_anything_is_trained(modules, start, monkeypatch):
     study, arms, _ = modules
     monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
