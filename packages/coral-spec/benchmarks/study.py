@@ -10,10 +10,10 @@ its file is not done again, the commands within it go on where they were killed,
 end within `--minutes`. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0); what is to be
 committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
 
-On several GPUs leases that do not need one another run at a time, a process each with its own CUDA_VISIBLE_DEVICES.
-Commands of a step run one after another, or `--at-once` of them: a training alone uses a GPU well.
+On several GPUs (`--gpus 4`) commands of a step run side by side, one on each; so may leases that do not need one
+another, a process each with its own CUDA_VISIBLE_DEVICES. Several leases in a row: `--lease gemma3-data,gemma3-seed0`.
 
-The plan, with what it took on an H100 where that is known (a training of 3 steps: 37 to 60 ms a step with SmolLM2, by
+The plan, with what it took on an H100 where that is known (a training of 3 steps: 31 to 60 ms a step with SmolLM2, by
 how fast the host launches):
 
 1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes.
@@ -37,6 +37,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -45,6 +46,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from expkit.device import visible_gpus
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
@@ -101,14 +104,15 @@ class Step:
 class Study:
     """The leases of a study in a folder."""
 
-    def __init__(self, work: Path, prompts: Path | None) -> None:
-        self.work, self.prompts = work, prompts
+    def __init__(self, work: Path, prompts: Path | None, gpus: Sequence[str] = ("0",)) -> None:
+        self.work, self.prompts, self.gpus = work, prompts, gpus
 
     def leases(self) -> dict[str, list[Step]]:
         """Steps by lease, in the order of the plan."""
         found: dict[str, list[Step]] = {}
         for family in MODELS:
-            found[f"{family}-data"] = [self.answers(family, name) for name in TEMPERATURES]
+            answers = {out: each for name in TEMPERATURES for out, each in self.answers(family, name).items()}
+            found[f"{family}-data"] = self.batches(answers, 6)
             if family == "smollm2":
                 found[f"{family}-sweep"] = self.csra_sweep(family)
             for seed in range(SEEDS if family == "smollm2" else 1):
@@ -130,7 +134,7 @@ class Study:
     def path(self, *parts: str) -> str:
         return str(self.work.joinpath(*parts))
 
-    def answers(self, family: str, name: str) -> Step:
+    def answers(self, family: str, name: str) -> dict[str, list[str]]:
         """One sample of every prompt at one temperature."""
         out = f"keep/answers/{family}-{name}"
         options = ["data", "--model", MODELS[family], "--out", self.path(out)]
@@ -139,8 +143,8 @@ class Study:
         else:
             options += ["--prompts", str(self.prompts)]
             options += ["--temperature", str(TEMPERATURES[name]), "--seed", str(list(TEMPERATURES).index(name))]
-        options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "60", "--shard-size", "8192"]
-        return Step(6, {f"{out}/complete": options}, {})
+        options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "40", "--shard-size", "8192"]
+        return {f"{out}/complete": options}
 
     def training(
         self, family: str, name: str, preset: str, seed: int, *settings: str, answers: Sequence[str] = (*TEMPERATURES,)
@@ -191,7 +195,7 @@ class Study:
             flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
             commands |= self.training(family, f"{family}-{recipe}-0", preset, 0, "--stages", "drafter", *flags)
         options = [*self.drafters(family, 0, ("eagle2", "hass", "csra", *SETTINGS)), "--head", "full", *EXACT]
-        return [*one_by_one(commands, 6), Step(4, self.evaluation(family, "settings-t0", *options), {})]
+        return [*self.batches(commands, 6), Step(4, self.evaluation(family, "settings-t0", *options), {})]
 
     def bundled(self, family: str) -> list[Step]:
         """The drafter and router that the package has: more answers, more steps."""
@@ -202,7 +206,7 @@ class Study:
         options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *EXACT]
         routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *EXACT]
         return [
-            self.answers(family, OWN),
+            *self.batches(self.answers(family, OWN), 6),
             Step(16, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
             Step(2, self.evaluation(family, "bundled-t0", *options), {}),
             Step(1, self.evaluation(family, "bundled-routed-t0", *routed), {}),
@@ -226,7 +230,7 @@ class Study:
             settings = [f"csra.anchor={anchor}", f"csra.weight={weight}", f"csra.temperature={temperature}"]
             flags = [part for each in settings for part in ("--set", each)]
             commands |= self.training(family, name, "coral", 0, *short, *flags)
-        return one_by_one(commands, 1)
+        return self.batches(commands, 1)
 
     def router_sweep(self, family: str) -> list[Step]:
         """Grouping, number of groups, and how many are always read, one changed at a time."""
@@ -242,7 +246,7 @@ class Study:
             made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "router"), *flags)
             commands[f"runs/{name}/router/result.json"] = next(iter(made.values()))
         keep = {f"runs/{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}/drafter": f"drafters/{family}-trial-0"}
-        steps = one_by_one(commands, 1)
+        steps = self.batches(commands, 1)
         return [*steps[:-1], Step(steps[-1].minutes, steps[-1].commands, keep)]
 
     def on_the_drafter(self, family: str, stage: str) -> list[str]:
@@ -311,18 +315,28 @@ class Study:
             steps.append(Step(4, {out: options}, {}))
         return steps
 
-    def run(self, lease: str, minutes: float, at_once: int = 1) -> int:
+    def batches(self, commands: dict[str, list[str]], minutes: float) -> list[Step]:
+        """Steps of as many commands as there are GPUs; ``minutes`` is that of one command."""
+        every = list(commands.items())
+        parts = [every[at : at + len(self.gpus)] for at in range(0, len(every), len(self.gpus))]
+        return [Step(minutes * len(part), dict(part), {}) for part in parts]
+
+    def minutes(self, step: Step) -> float:
+        """Of a step on these GPUs."""
+        return step.minutes * math.ceil(len(step.commands) / len(self.gpus)) / len(step.commands)
+
+    def run(self, lease: str, ends: float) -> int:
         """Do what of a lease is left and fits; the number of steps that are left after it."""
-        ends, left = time.monotonic() + 60 * minutes, 0
+        left = 0
         for number in range(len(self.leases()[lease])):
             step = self.leases()[lease][number]  # anew: where drafters lie depends on the steps before
             if all(self.done(out) for out in step.commands):
                 self.keep(step)
-            elif time.monotonic() + 60 * step.minutes > ends:
+            elif time.monotonic() + 60 * self.minutes(step) > ends:
                 left += 1
-                print(f"left for another lease: {', '.join(step.commands)} ({step.minutes:g} minutes)")
+                print(f"left for another lease: {', '.join(step.commands)} ({self.minutes(step):g} minutes)")
             else:
-                self.do(step, at_once)
+                self.do(step)
                 self.keep(step)
         return left
 
@@ -331,29 +345,37 @@ class Study:
         kept = self.work / "results" / "training" / Path(out).relative_to("runs") if out.startswith("runs/") else None
         return (self.work / out).exists() or (kept is not None and kept.exists())
 
-    def do(self, step: Step, at_once: int) -> None:
-        """Run a step's commands, so many at once; one that fails ends the study with its last lines."""
-        running: list[tuple[Path, subprocess.Popen[bytes]]] = []
-        for out, options in step.commands.items():
-            if self.done(out):
-                continue
-            (self.work / "results").mkdir(parents=True, exist_ok=True)
-            if options[0] == "train" and list((self.work / "runs" / options[options.index("--name") + 1]).glob("*")):
-                options = [*options, "--resume"]
-            log = self.work / "logs" / f"{out.replace('/', '_')}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-            if sum(process.poll() is None for _, process in running) >= at_once:
-                running[-at_once][1].wait()  # the oldest one
-            with log.open("a") as file:
-                command = [sys.executable, "-m", "coral_spec", *options]
-                running.append((log, subprocess.Popen(command, stdout=file, stderr=file, env=environment)))
-        failed = [log for log, process in running if process.wait()]
+    def do(self, step: Step) -> None:
+        """Run a step's commands, one on each GPU; when one fails, the others end, and its last lines are the error."""
+        waiting = [(out, options) for out, options in step.commands.items() if not self.done(out)]
+        running: dict[str, tuple[Path, subprocess.Popen[bytes]]] = {}
+        failed: list[Path] = []
+        (self.work / "results").mkdir(parents=True, exist_ok=True)
+        while running or (waiting and not failed):
+            for gpu, (log, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[gpu]
+                    failed += [log] if process.returncode else []
+            for gpu in self.gpus:
+                if waiting and not failed and gpu not in running:
+                    running[gpu] = self.start(*waiting.pop(0), gpu)
+            time.sleep(0.1)
         if failed:
             raise SystemExit("\n".join([f"{failed[0]}:", *failed[0].read_text().splitlines()[-12:]]))
         for out, options in step.commands.items():
             if options[0] == "data":
                 (self.work / out).touch()  # answers are complete when their command has ended
+
+    def start(self, out: str, options: list[str], gpu: str) -> tuple[Path, subprocess.Popen[bytes]]:
+        """One command on one GPU, going on where it was killed; its log and its process."""
+        if options[0] == "train" and list((self.work / "runs" / options[options.index("--name") + 1]).glob("*")):
+            options = [*options, "--resume"]
+        log = self.work / "logs" / f"{out.replace('/', '_')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        own = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": gpu}
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "coral_spec", *options]
+            return log, subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **own})
 
     def keep(self, step: Step) -> None:
         """Copy what later leases and RESULTS.md need out of the runs."""
@@ -371,29 +393,25 @@ class Study:
                         shutil.copyfile(run / file, kept / file)
 
 
-def one_by_one(commands: dict[str, list[str]], minutes: float) -> list[Step]:
-    """A step for each."""
-    return [Step(minutes, {name: options}, {}) for name, options in commands.items()]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--lease", help="which part to do")
+    parser.add_argument("--lease", default="", help="which part to do, or several, separated by commas")
     parser.add_argument("--minutes", type=float, default=24.0, help="no step is begun that would not end by then")
-    parser.add_argument("--at-once", type=int, default=1, help="commands of a step that run side by side")
+    parser.add_argument("--gpus", type=int, default=1, help="over how many commands of a step are spread")
     parser.add_argument("--prompts", type=Path, help="JSON lines of prompts, for the leases of answers")
     parser.add_argument("--plan", action="store_true", help="print the leases and what of them is done")
     arguments = parser.parse_args()
-    study = Study(arguments.work, arguments.prompts)
-    leases = study.leases()
-    if arguments.plan or arguments.lease not in leases:
+    study = Study(arguments.work, arguments.prompts, visible_gpus(arguments.gpus))
+    leases, wanted = study.leases(), arguments.lease.split(",")
+    if arguments.plan or not set(wanted) <= set(leases):
         for name, steps in leases.items():
             done = sum(all(study.done(out) for out in step.commands) for step in steps)
-            total = sum(step.minutes for step in steps)
+            total = sum(map(study.minutes, steps))
             print(f"{name:16} {total:5.0f} minutes, {done} of {len(steps)} steps done")
         return 0 if arguments.plan else 2
-    return 1 if study.run(arguments.lease, arguments.minutes, arguments.at_once) else 0
+    ends = time.monotonic() + 60 * arguments.minutes
+    return 1 if sum(study.run(lease, ends) for lease in wanted) else 0
 
 
 if __name__ == "__main__":

@@ -67,5 +67,22 @@ def test_a_training_of_an_earlier_lease_needs_no_run_here(tmp_path: Path) -> Non
         kept = tmp_path / "results/training" / Path(out).relative_to("runs")
         kept.parent.mkdir(parents=True)
         kept.touch()
-    study.do(step, 1)
+    study.do(step)
     assert not (tmp_path / "runs").exists()
+
+
+def test_commands_of_a_step_are_spread_over_gpus_and_one_that_fails_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"  # stands in for a training: says which GPU it sees, and fails where it is told to
+    python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\nsleep 0.5\n[ "$3" = good ]\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    module = load_study()
+    study = module.Study(tmp_path, None, ["5", "7"])
+    study.do(module.Step(1, {name: ["good"] for name in ("a", "b", "c")}, {}))
+    seen = {name: (tmp_path / f"logs/{name}.log").read_text() for name in ("a", "b", "c")}
+    assert seen["a"] == "gpu 5\n" and seen["b"] == "gpu 7\n" and seen["c"] in (seen["a"], seen["b"])
+    with pytest.raises(SystemExit, match=r"bad\.log:\ngpu 5"):
+        study.do(module.Step(1, {"bad": ["bad"], "other": ["good"], "never": ["good"]}, {}))
+    assert (tmp_path / "logs/other.log").is_file() and not (tmp_path / "logs/never.log").exists()
