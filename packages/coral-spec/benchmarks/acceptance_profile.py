@@ -20,7 +20,8 @@ import torch
 
 import coral_spec
 from coral_spec.bench.tasks import as_instruction, load_task
-from coral_spec.model import Model, bundled_drafter
+from coral_spec.bundled import bundled_drafter
+from coral_spec.model import Model
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.acceptance import replay, survival
 from expkit.checkpoint import write_json

@@ -24,9 +24,10 @@ from rich.table import Table
 
 from coral_spec import kernels
 from coral_spec.backbone import Backbone
+from coral_spec.bundled import bundled_drafter
 from coral_spec.engine import Session
 from coral_spec.kernels import attention, inputs, linear, slots, top, tree
-from coral_spec.model import Model, bundled_drafter
+from coral_spec.model import Model
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import PARTS, Stopwatch
 from coral_spec.targets import Target, load_target

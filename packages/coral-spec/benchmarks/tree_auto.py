@@ -23,7 +23,8 @@ from rich.table import Table
 
 import coral_spec
 from coral_spec.bench.tasks import load_task
-from coral_spec.model import Model, bundled_drafter
+from coral_spec.bundled import bundled_drafter
+from coral_spec.model import Model
 from coral_spec.statistics import Statistics
 from coral_spec.tree import TreeShape
 from coral_spec.tuning.choose import TYPICAL, Tuner, expect

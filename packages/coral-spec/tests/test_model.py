@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from coral_spec import load
+from coral_spec.bundled import bundled_drafter
 from coral_spec.drafter import Drafter
-from coral_spec.model import bundled_drafter
 from drafting import drafting_model, save_drafter
 from expkit.errors import UsageError
 from tiny import tiny_target

@@ -10,6 +10,7 @@ import torch
 
 from coral_spec.answer import Answer, Generation, Limits, Request
 from coral_spec.backbone import Backbone
+from coral_spec.bundled import PACKAGED, bundled_drafter
 from coral_spec.conversation import Conversation, Prefix
 from coral_spec.drafter import Drafter, DrafterConfig
 from coral_spec.drafts import Draft, DrafterDraft, NgramDraft, NoDraft
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
 
-BUNDLED = Path(__file__).parent / "drafters"
-GENERIC = BUNDLED / "smollm2-135m" / ACCEPTANCE
+GENERIC = PACKAGED / "smollm2-135m" / ACCEPTANCE
 
 # A drafter's tree is chosen by measurement (`coral_spec.tuning`). Those for n-grams are not tuned.
 NGRAM_TREES = {"cpu": TreeShape(6, 1, 6), "cuda": TreeShape(10, 3, 30)}
@@ -292,17 +292,3 @@ def acceptance_profile(folder: Path | None, rows: int) -> Acceptance:
     """What the drafter in ``folder`` accepts with so many head rows; SmolLM2's profile where it has none."""
     path = (folder or Path()) / ACCEPTANCE
     return Acceptance.load(path if folder and path.is_file() else GENERIC, rows)
-
-
-def bundled_drafter(target: Target) -> Path | None:
-    """Folder of the drafter in this package that fits ``target``'s sizes and tokenizer; None without one."""
-    needed = DrafterConfig.from_target(target)
-    for path in sorted(BUNDLED.glob("*/config.json")):
-        config = DrafterConfig.from_json(path)
-        if (config.hidden_size, config.vocab_size, config.tokenizer_hash) == (
-            needed.hidden_size,
-            needed.vocab_size,
-            needed.tokenizer_hash,
-        ):
-            return path.parent
-    return None

@@ -140,7 +140,7 @@ def make_method(
 
 
 def _bundled(target: Target) -> str:
-    from coral_spec.model import bundled_drafter
+    from coral_spec.bundled import bundled_drafter
 
     folder = bundled_drafter(target)
     if folder is None:

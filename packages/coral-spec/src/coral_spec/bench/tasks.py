@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from coral_spec.bench.download import download
+from coral_spec.download import download
 from expkit.errors import UsageError
 
 CODE_INSTRUCTION = "Complete the following Python function.\n```python\n{code}\n```"

@@ -35,7 +35,7 @@ def run(
     import coral_spec
     from coral_spec.bench.runner import Bench, Settings
     from coral_spec.bench.tasks import load_task
-    from coral_spec.model import bundled_drafter
+    from coral_spec.bundled import bundled_drafter
     from expkit.errors import UsageError
     from expkit.rundir import evidence
 

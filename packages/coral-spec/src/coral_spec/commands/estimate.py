@@ -35,8 +35,9 @@ def run(
     from rich.console import Console
 
     from coral_spec.backbone import Backbone
+    from coral_spec.bundled import bundled_drafter
     from coral_spec.heads.choose import FREQUENT_ROWS
-    from coral_spec.model import acceptance_profile, bundled_drafter
+    from coral_spec.model import acceptance_profile
     from coral_spec.targets import load_target
     from coral_spec.tuning.choose import TYPICAL
     from coral_spec.tuning.costs import Disturbance

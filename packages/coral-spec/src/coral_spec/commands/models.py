@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from expkit.errors import UsageError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -15,13 +17,20 @@ if TYPE_CHECKING:
 
 def run(
     json: Annotated[Path | None, typer.Option(help="Write the same facts as JSON to this file.")] = None,
+    fetch: Annotated[str | None, typer.Option(help="Fetch the trained drafter of this alias from a release.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where the release's files are, in place of its own home.")] = None,
 ) -> None:
     """List the aliases: what they are, where they come from, and whether they are here already."""
     from rich.console import Console
 
+    from coral_spec.bundled import fetch_drafter
     from coral_spec.targets.aliases import ALIASES
     from coral_spec.targets.home import home_folder
 
+    if fetch is not None:
+        Console().print(f"{fetch}: drafter in {fetch_drafter(fetch, url)}", soft_wrap=True, highlight=False)
+    elif url is not None:
+        raise UsageError("--url says where --fetch is to look; give both")
     rows = [describe(alias) for alias in ALIASES.values()]
     console = Console()
     console.print(_table(rows))
@@ -36,6 +45,8 @@ def run(
 
 def describe(alias: Alias) -> dict[str, Any]:
     """The facts about one alias; sizes in bytes."""
+    from coral_spec.bundled import RELEASED, folders
+
     return {
         "alias": alias.name,
         "description": alias.description,
@@ -45,15 +56,9 @@ def describe(alias: Alias) -> dict[str, Any]:
         "sha256": alias.sha256,
         "license": alias.license,
         "cached": alias.cached,
-        "drafter": has_bundled_drafter(alias.name),
+        "drafter": alias.name in {folder.name for folder in folders()},
+        "released_drafter": RELEASED[alias.name].license if alias.name in RELEASED else None,
     }
-
-
-def has_bundled_drafter(alias: str) -> bool:
-    """Whether this installation carries a trained drafter for `alias`."""
-    from importlib.resources import files
-
-    return files("coral_spec").joinpath("drafters", alias, "drafter.safetensors").is_file()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
@@ -70,6 +75,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['description']}\n{packages[0]}{more}\n{row['license']}",
             f"{row['bytes'] / 1e6:.0f}",
             "yes" if row["cached"] else "no",
-            "trained" if row["drafter"] else "ngram",
+            "trained" if row["drafter"] else "--fetch" if row["released_drafter"] else "ngram",
         )
     return table

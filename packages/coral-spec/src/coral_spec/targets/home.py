@@ -3,6 +3,7 @@
 * `<home>/models/<name>/`: converted models, whole or absent
 * `<home>/downloads/`: wheels and GGUF files that the user brought; read, never written or removed
 * `<home>/fetched/`: wheels that were downloaded; removed once the model is converted
+* `<home>/drafters/<name>/`: drafters that were fetched from a release, whole or absent
 * `<home>/timings/`: what rounds cost on this machine; may be removed at any time
 * `<home>/tmp/`: work in progress; cleared by the next preparation, since a killed one may leave some
 """
@@ -41,6 +42,11 @@ def downloads_folder() -> Path:
 def fetched_folder() -> Path:
     """Where whole wheels wait for their conversion, so that an interrupted preparation need not fetch them again."""
     return home_folder() / "fetched"
+
+
+def drafters_folder() -> Path:
+    """Where fetched drafters are."""
+    return home_folder() / "drafters"
 
 
 def timings_folder() -> Path:

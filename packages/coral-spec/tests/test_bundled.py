@@ -1,0 +1,101 @@
+"""Trained drafters are found in the package, in a checkout and in the cache; a release gives them by their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from coral_spec import bundled
+from coral_spec.bundled import Release, bundled_drafter, fetch_drafter
+from coral_spec.cli import build
+from coral_spec.model import load
+from coral_spec.targets import Target
+from drafting import PROMPT, SMALL, save_drafter
+from expkit.cli import main
+from expkit.errors import UsageError
+from tiny import tiny_target
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CORAL_SPEC_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def target() -> Target:
+    return tiny_target()
+
+
+@pytest.fixture
+def release(home: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a release that has a drafter for the tiny target."""
+    folder, files = save_drafter(target, tmp_path / "made"), tmp_path / "release"
+    files.mkdir()
+    archive = files / "tiny-drafter-1.zip"
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in folder.iterdir():
+            packed.write(file, file.name)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setitem(bundled.RELEASED, "tiny", Release(archive.name, digest, "of the tests"))
+    return files
+
+
+def test_a_fetched_drafter_is_the_targets_own(target: Target, release: Path, home: Path) -> None:
+    assert bundled_drafter(target) is None
+    folder = fetch_drafter("tiny", release.as_uri())
+    assert folder == home / "drafters" / "tiny" == bundled_drafter(target)
+    model = load(target, tree=SMALL)
+    assert model.draft_name == str(folder)
+    assert model.generate(PROMPT, max_new_tokens=8).statistics.rounds > 0
+    assert fetch_drafter("tiny", release.as_uri()) == folder  # once more, over the one that is there
+
+
+def test_an_archive_that_the_user_brought_needs_no_network(target: Target, release: Path, home: Path) -> None:
+    (home / "downloads").mkdir(parents=True)
+    (release / "tiny-drafter-1.zip").rename(home / "downloads" / "tiny-drafter-1.zip")
+    assert fetch_drafter("tiny", "http://127.0.0.1:9") == bundled_drafter(target)
+
+
+def test_nothing_but_the_released_file_counts(target: Target, release: Path, home: Path) -> None:
+    (release / "tiny-drafter-1.zip").write_bytes(b"something else")
+    with pytest.raises(UsageError, match="SHA-256"):
+        fetch_drafter("tiny", release.as_uri())
+    with pytest.raises(UsageError, match="cannot fetch"):
+        fetch_drafter("tiny", (release / "nowhere").as_uri())
+    assert bundled_drafter(target) is None and not list(home.rglob("*.safetensors"))
+
+
+def test_a_checkout_has_the_drafters_beside_the_package(
+    target: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundled, "CHECKOUT", tmp_path / "drafters")
+    folder = save_drafter(target, tmp_path / "drafters" / "tiny")
+    assert bundled_drafter(target) is None  # some folder of this name, not that of a checkout
+    (tmp_path / "pyproject.toml").touch()
+    assert bundled_drafter(target) == folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--fetch", "nothing"], "no drafter for 'nothing' is released"),
+        (["--url", "http://127.0.0.1:9"], "give both"),
+        (["--fetch", "tiny", "--url", "http://127.0.0.1:9"], "cannot fetch http://127.0.0.1:9/tiny-drafter-1.zip"),
+    ],
+)
+def test_wrong_use_is_one_line_and_exit_code_2(
+    arguments: list[str], said: str, release: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(build(), ["models", *arguments])
+    assert end.value.code == 2 and said in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_fetches(target: Target, release: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(build(), ["models", "--fetch", "tiny", "--url", release.as_uri()])
+    assert end.value.code == 0 and bundled_drafter(target) is not None
