@@ -63,6 +63,11 @@ def test_wrong_use_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str
     assert call(capsys, "work", "--limit", "-1") == (2, "", "error: limit -1 is negative; use 0 or more\n")
 
 
+def test_without_arguments_there_is_help_and_no_error_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys)
+    assert code == 2 and "Usage" in out + err and "error:" not in err
+
+
 @pytest.mark.parametrize("arguments", [("work", "--limt", "1"), ("wrok",), ("work", "--limit", "x")])
 def test_what_typer_refuses_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]

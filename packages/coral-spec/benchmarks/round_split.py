@@ -26,7 +26,7 @@ from coral_spec import kernels
 from coral_spec.backbone import Backbone
 from coral_spec.bundled import bundled_drafter
 from coral_spec.engine import Session
-from coral_spec.kernels import attention, inputs, linear, slots, top, tree
+from coral_spec.kernels import attention, grouped, inputs, linear, routing, slots, top, tree
 from coral_spec.model import Model
 from coral_spec.sampling import Sampling
 from coral_spec.statistics import PARTS, Stopwatch
@@ -38,7 +38,7 @@ from expkit.rundir import evidence
 
 PROMPT = "Explain how photosynthesis works, step by step, for a curious twelve year old."
 COLOURS = {"target": "#0072B2", "drafter": "#E69F00", "head": "#009E73", "rest": "#CC79A7", "host": "#9A9A9A"}
-KERNELS = (attention, inputs, linear, slots, top, tree)
+KERNELS = (attention, grouped, inputs, linear, routing, slots, top, tree)
 
 
 @contextmanager

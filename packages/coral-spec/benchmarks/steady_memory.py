@@ -50,7 +50,7 @@ def main() -> None:
         temperature = 0.0 if number % 2 == 0 else 0.8
         answer = model.generate(PROMPT, max_new_tokens=length, temperature=temperature, seed=number, ignore_eos=True)
         tokens += answer.statistics.new_tokens
-        rows.append({"tokens": tokens, "tree": str(model.tree), **held(model.target.device)})
+        rows.append({"tokens": tokens, "tree": answer.statistics.tree, **held(model.target.device)})
     what = [key for key in rows[0] if key not in ("tokens", "tree")]
     out = Table("tokens", "tree", *(f"{key} MB" for key in what))
     for row in rows:

@@ -35,6 +35,20 @@ def test_a_later_turn_takes_a_better_tree(tmp_path):
         assert answer.token_ids == model.generate(messages, max_new_tokens=24).token_ids
 
 
+def test_statistics_of_a_turn_stay_those_of_that_turn(tmp_path):
+    model = drafting_model(tiny_target("llama", context=2048), tmp_path)
+    conversation = model.chat()
+    model._tree = TreeShape(2, 2, 4)
+    first = conversation.stream("tell me a tale", max_new_tokens=8)
+    list(first)
+    before = first.result().statistics
+    model._tree = TreeShape(4, 3, 12)
+    conversation.send("go on", max_new_tokens=200, ignore_eos=True)
+    after = first.result().statistics
+    assert (after.tree, after.depth, after.cache_bytes) == (before.tree, before.depth, before.cache_bytes)
+    assert after.tree == "2,2,4"
+
+
 def test_a_later_turn_prefills_only_what_is_new(tmp_path, monkeypatch):
     model = drafting_model(tiny_target("llama", context=2048), tmp_path)
     conversation = model.chat()

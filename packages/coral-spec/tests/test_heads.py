@@ -25,6 +25,7 @@ from coral_spec.router import Router, Routing, choose_groups
 from coral_spec.targets import Target
 from coral_spec.tree import TreeShape
 from drafting import PROMPT, SMALL, save_drafter
+from expkit.checkpoint import save_tensors
 from expkit.errors import UsageError
 from tiny import tiny_target
 
@@ -199,6 +200,12 @@ def test_small_groups_are_left_to_the_most_frequent_rows(
         assert kind() == "frequency"
     (folder / "frequency.safetensors").unlink()
     assert kind() == "routed"  # all rows are the alternative
+
+
+def test_a_ranking_of_another_vocabulary_is_refused(target: Target, folder: Path) -> None:
+    save_tensors(folder / "frequency.safetensors", {"ranking": torch.tensor([0, VOCAB], dtype=torch.int32)}, None)
+    with pytest.raises(UsageError, match="a vocabulary of 259 does not have"):
+        load(target, draft=str(folder), head="frequency")
 
 
 def test_telemetry_says_rows_and_recall(target: Target, folder: Path) -> None:

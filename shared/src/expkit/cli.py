@@ -124,7 +124,8 @@ def _report(error: Exception, debug: bool) -> int:
     # typer's own errors: their class lives in click or inside typer, depending on typer's version.
     describe = getattr(error, "format_message", None)
     if describe is not None:
-        _print_error(describe())
+        if describe():  # without arguments the help was printed, and there is no more to say
+            _print_error(describe())
         return int(getattr(error, "exit_code", 2))
     hint = "" if debug else " (--debug shows the traceback)"
     _print_error(f"{type(error).__name__}: {error}{hint}")

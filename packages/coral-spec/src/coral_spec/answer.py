@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -136,6 +136,7 @@ class Answer:
         self._watch: Stopwatch | None = None
         self._shares: dict[str, float] = {}
         self._figures: dict[str, float] = {}
+        self._facts: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (piece for piece in self._pieces if piece)
@@ -162,6 +163,7 @@ class Answer:
             self._shares = session.shares()
             session.busy = False
             self._figures = session.draft.take_figures()
+            self._facts = _facts(session)  # before it serves others
             self._seconds = time.perf_counter() - started
             if own:
                 self._model.release(session)
@@ -235,10 +237,8 @@ class Answer:
             prefill_seconds=self._prefill_seconds,
             capture_seconds=self._capture_seconds,
             accept_lengths=self._accepted,
-            depth=session.draft.depth,
-            tree=None if session.draft.shape is None else str(session.draft.shape),
             time_split=self._watch.split(self._shares) if self._watch else {},
-            cache_bytes=session.nbytes(),
+            **(self._facts or _facts(session)),
             memory_bytes=peak_memory(session.device),
             rows_per_round=int(self._figures.get("rows_per_round", 0)),
             router_recall=self._figures.get("router_recall"),
@@ -247,3 +247,13 @@ class Answer:
         return Generation(
             self._stream.text, self._tokens, len(self._ids), self._reason or "interrupted", statistics, logits
         )
+
+
+def _facts(session: Session) -> dict[str, Any]:
+    """What an answer's statistics take from its session as it is."""
+    shape = session.draft.shape
+    return {
+        "depth": session.draft.depth,
+        "tree": None if shape is None else str(shape),
+        "cache_bytes": session.nbytes(),
+    }

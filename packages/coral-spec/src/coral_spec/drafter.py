@@ -132,14 +132,20 @@ class DrafterConfig:
             raise UsageError(f"{path} is no drafter's configuration: {error}") from error
 
 
-def load_ranking(folder: Path) -> Tensor | None:
-    """Token ids, most frequent in the drafter's training answers first ``(rows,)``; None when none was saved."""
+def load_ranking(folder: Path, vocab_size: int) -> Tensor | None:
+    """Token ids, most frequent in the drafter's training answers first ``(rows,)``; None when none was saved.
+
+    Raises:
+        UsageError: the file holds something else than ids of so many tokens.
+    """
     path = folder / "frequency.safetensors"
     if not path.is_file():
         return None
     ranking = load_tensors(path).get("ranking")
-    if ranking is None or ranking.dim() != 1 or ranking.numel() == 0 or int(ranking.min()) < 0:
+    if ranking is None or ranking.dim() != 1 or ranking.numel() == 0:
         raise UsageError(f"{path} holds no ranking of token ids")
+    if int(ranking.min()) < 0 or int(ranking.max()) >= vocab_size:
+        raise UsageError(f"{path} ranks tokens that a vocabulary of {vocab_size} does not have")
     return ranking.long()
 
 

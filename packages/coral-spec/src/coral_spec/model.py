@@ -257,7 +257,8 @@ class Model:
     def prepare(self, session: Session, sampling: Sampling) -> None:
         """Capture rounds of the trees that easier and harder text asks for, so that a change to one of them is free.
 
-        Only in a session that has captured nothing, since other ways of sampling may come in any number.
+        Only in a session that has captured nothing, since other ways of sampling may come in any number: none that has
+        recorded logits, either.
 
         Args:
             session: its prompt has been read.

@@ -98,6 +98,7 @@ def test_check_passes_a_right_model_and_writes_its_figures(folder: str, tmp_path
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"prompts": Path("nowhere.jsonl")}, "no such file: nowhere.jsonl"),
         ({"json": Path("no/folder/x.json")}, "there is no folder"),
+        ({"json": Path("/proc/x.json")}, "cannot be written"),
         ({"plot": Path("x.pdf")}, "ends in .png"),
     ],
 )

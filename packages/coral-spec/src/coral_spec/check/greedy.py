@@ -31,7 +31,8 @@ class GreedyReport:
     Attributes:
         dtype: working precision, such as "bfloat16".
         judgements: one per prompt.
-        noise: largest margin noise of the baseline over the run.
+        noise: largest margin noise of the baseline over the run; a judgement's own may be larger, see
+            `coral_spec.check.noise`.
         baseline_distance: largest distance of the baseline's logits from fp32.
         distance: the same of the drafted run.
         tokens: how many tokens were compared.

@@ -1,11 +1,11 @@
 """Tie or bug: whether two ways of decoding the same model differ by more than its working precision explains.
 
 In bf16 even plain decoding gives other ids when its matrix products have other shapes, so a first mismatch by itself
-proves nothing. The rule (ours): it is a **tie** when the gap of the two tokens in fp32 is at most the run's own
-noise, the largest |top-2 margin in working precision - the same in fp32| over the baseline's positions, capped; and
-when the drafted run's logits are no farther from fp32 than twice the baseline's. Anything else is a **bug**. In fp32
-only a gap under 1e-3 is a tie. A mismatch needs an error as large as its gap in one of the two runs, not in the
-baseline: where the drafted run's logits are no farther from fp32 than the baseline's own, its noise counts as well.
+proves nothing. The rule (ours): it is a **tie** when the gap of the two tokens in fp32 is at most the noise, the
+largest |top-2 margin in working precision - the same in fp32|, capped; and when the drafted run's logits are no
+farther from fp32 than twice the baseline's. The noise is that of all the baseline's positions. A mismatch needs an
+error as large as its gap in one of the two runs, though, so that the drafted answer's own noise counts too where its
+logits are no farther from fp32 than the baseline's. Anything else is a **bug**. In fp32 only a gap under 1e-3 is a tie.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Judgement:
         position: index of the first token that differs; None when none does.
         tokens: the baseline's and the other run's token there; None past a run's end.
         gap: fp32 distance of the two tokens' logits; None without a mismatch, infinite when a run ended early.
-        noise: what the gap was held against.
+        noise: what the gap was held against, its cap left out.
         distance: how far the run's logits are from fp32; None when they were not recorded.
         baseline_distance: the same of the baseline, over the whole run.
     """

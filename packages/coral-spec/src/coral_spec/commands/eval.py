@@ -44,7 +44,6 @@ def run(
     from coral_spec.bench.runner import Settings, read_questions
     from coral_spec.heads.choose import HeadChoice
     from coral_spec.tree import TreeShape
-    from expkit.errors import UsageError
 
     methods = parse_methods(",".join(_named(each) for each in drafters)) if drafters else {"coral": ""}
     heads = list(dict.fromkeys(head or ["auto"]))
@@ -68,9 +67,8 @@ def run(
         for each in heads
     }
     questions = read_questions(tasks, prompts, limit, data_dir)
-    for option, path, ending in (("json", json, ".json"), ("plot", plot, ".png")):
-        if path is not None and (path.suffix.lower() != ending or not path.parent.is_dir()):
-            raise UsageError(f"--{option} is {path}, needed a file name that ends in {ending}, in a folder that exists")
+    options.require_file_name("json", json, ".json")
+    options.require_file_name("plot", plot, ".png")
 
     from rich.console import Console
 

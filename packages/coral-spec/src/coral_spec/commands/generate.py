@@ -79,7 +79,7 @@ def run(
                 )
             if plain.finish_reason != "interrupted":
                 line += f", {speedup:.2f}x plain decoding ({words})"
-            record |= {"speedup": speedup, "same_tokens": same, "plain": plain.statistics.to_dict()}
+                record |= {"speedup": speedup, "same_tokens": same, "plain": plain.statistics.to_dict()}
     typer.echo(line, err=True)
     if json is not None:
         write_json(json, record)

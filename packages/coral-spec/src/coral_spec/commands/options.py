@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -72,6 +73,12 @@ def require_file_name(option: str, path: Path | None, ending: str) -> None:
         raise UsageError(f"--{option} is {path}, but there is no folder {path.parent}")
     if path is not None and path.is_dir():
         raise UsageError(f"--{option} is {path}, which is a folder")
+    if path is not None:
+        try:
+            with TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise UsageError(f"--{option} is {path}, which cannot be written ({error.strerror or error})") from None
 
 
 @contextmanager

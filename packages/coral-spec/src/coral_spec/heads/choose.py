@@ -81,7 +81,7 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     Raises:
         UsageError: the folder lacks what the head needs, or has it for another model.
     """
-    ranking = load_ranking(folder)
+    ranking = load_ranking(folder, backbone.vocab_size)
     kind = choice.kind
     if kind == "auto":
         kind = "full" if ranking is None else "frequency"

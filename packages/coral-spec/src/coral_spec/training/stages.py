@@ -201,7 +201,7 @@ def _router_trainer(
     if resumed is not None and (resumed / GROUPING).is_file():
         grouping = Grouping.load(resumed, len(weight))
     else:
-        ranking = load_ranking(folder)
+        ranking = load_ranking(folder, len(weight))
         if ranking is None:
             raise UsageError(f"{folder} has no frequency.safetensors, which says what a router always reads")
         grouping = make_grouping(
