@@ -17,7 +17,7 @@ MEMORY = 200  # rounds: an answer of n rounds moves the estimate by n / (n + MEM
 # on a CPU rounds take longer among other work than when they are timed, the more so the more rows they have.
 NEAR, NEAR_UNCAPTURED = 0.99, 0.96
 GAIN = 1.03  # another shape must promise this much more
-LIKELY = (0.5, 0.8, TYPICAL, 1.8)  # hardness of text from easy to hard, whose trees are made ready before any is met
+LIKELY = (0.5, 0.8, TYPICAL, 1.8, 2.4)  # hardness from easy to hard text, whose trees are made ready in advance
 
 
 @dataclass(frozen=True)
