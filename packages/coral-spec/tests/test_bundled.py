@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from coral_spec import bundled
-from coral_spec.bundled import Release, bundled_drafter, fetch_drafter
+from coral_spec.bundled import CHECKOUT, RELEASED, Release, bundled_drafter, digest, fetch_drafter
 from coral_spec.cli import build
 from coral_spec.model import load
 from coral_spec.targets import Target
@@ -33,15 +32,15 @@ def target() -> Target:
 @pytest.fixture
 def release(home: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a release that has a drafter for the tiny target."""
-    folder, files = save_drafter(target, tmp_path / "made"), tmp_path / "release"
-    files.mkdir()
-    archive = files / "tiny-drafter-1.zip"
+    folder, place = save_drafter(target, tmp_path / "made"), tmp_path / "release"
+    place.mkdir()
+    archive = place / "tiny-drafter-1.zip"
     with zipfile.ZipFile(archive, "w") as packed:
         for file in folder.iterdir():
             packed.write(file, file.name)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    monkeypatch.setitem(bundled.RELEASED, "tiny", Release(archive.name, digest, "of the tests"))
-    return files
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setitem(bundled.RELEASED, "tiny", Release(archive.name, digest(files), "of the tests"))
+    return place
 
 
 def test_a_fetched_drafter_is_the_targets_own(target: Target, release: Path, home: Path) -> None:
@@ -61,12 +60,22 @@ def test_an_archive_that_the_user_brought_needs_no_network(target: Target, relea
 
 
 def test_nothing_but_the_released_file_counts(target: Target, release: Path, home: Path) -> None:
-    (release / "tiny-drafter-1.zip").write_bytes(b"something else")
-    with pytest.raises(UsageError, match="SHA-256"):
+    archive = release / "tiny-drafter-1.zip"
+    with zipfile.ZipFile(archive, "a") as packed:
+        packed.writestr("more.txt", "that nobody asked for")
+    with pytest.raises(UsageError, match="the digest of its files"):
+        fetch_drafter("tiny", release.as_uri())
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(UsageError, match="no whole archive"):
         fetch_drafter("tiny", release.as_uri())
     with pytest.raises(UsageError, match="cannot fetch"):
         fetch_drafter("tiny", (release / "nowhere").as_uri())
     assert bundled_drafter(target) is None and not list(home.rglob("*.safetensors"))
+
+
+def test_released_drafters_are_those_of_the_checkout() -> None:
+    for alias, release in RELEASED.items():
+        assert release.digest == digest({file.name: file.read_bytes() for file in (CHECKOUT / alias).iterdir()})
 
 
 def test_a_checkout_has_the_drafters_beside_the_package(

@@ -1,7 +1,7 @@
 """Trained drafters of known models: in this package, in a checkout beside it, or fetched from a release of it.
 
 Drafters whose terms or size keep them out of the wheel lie in the repository's ``drafters`` folder, and as one archive
-each among the files of the package's release. An archive counts only with the digest that is written here.
+each among the files of the package's release. An archive counts only if its files have the digest that is written here.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from coral_spec.download import download
@@ -32,12 +33,12 @@ class Release:
 
     Attributes:
         file: the archive's name; its members are the files of a drafter's folder.
-        sha256: its hexadecimal digest; nothing else is ever used.
+        digest: of these files, see :func:`digest`; nothing else is ever used.
         license: terms of the weights.
     """
 
     file: str
-    sha256: str
+    digest: str
     license: str
 
 
@@ -65,6 +66,12 @@ def bundled_drafter(target: Target) -> Path | None:
     return None
 
 
+def digest(files: Mapping[str, bytes]) -> str:
+    """Of a folder's files by name: the SHA-256 of their names and SHA-256, a line each, in the order of names."""
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def fetch_drafter(alias: str, url: str | None = None) -> Path:
     """Bring a released drafter into the user's cache.
 
@@ -85,31 +92,38 @@ def fetch_drafter(alias: str, url: str | None = None) -> Path:
     release = RELEASED[alias]
     folder, brought = drafters_folder() / alias, downloads_folder() / release.file
     with preparation() as work:
-        archive = brought if brought.is_file() else work / release.file
-        if archive == brought:
-            _require_digest(release, brought)
+        if brought.is_file():
+            files = _read(release, brought)
         else:
             base = url or _releases()
             if base is None:
                 raise UsageError(f"this installation does not know its releases: give --url, or put {brought} there")
-            verify = lambda path: _require_digest(release, path)  # noqa: E731
-            download(f"{base.rstrip('/')}/{release.file}", archive, verify=verify, what=f"the drafter of {alias}")
+            archive = work / release.file
+            source, what = f"{base.rstrip('/')}/{release.file}", f"the drafter of {alias}"
+            download(source, archive, verify=lambda path: None, what=what)
+            files = _read(release, archive)
         unpacked = work / alias
         unpacked.mkdir()
-        with zipfile.ZipFile(archive) as packed:
-            for member in packed.namelist():
-                (unpacked / Path(member).name).write_bytes(packed.read(member))
+        for name, content in files.items():
+            (unpacked / name).write_bytes(content)
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             unpacked.rename(folder)
     return folder
 
 
-def _require_digest(release: Release, path: Path) -> None:
-    with path.open("rb") as source:
-        digest = hashlib.file_digest(source, "sha256").hexdigest()
-    if digest != release.sha256:
-        raise UsageError(f"{path}: the SHA-256 is {digest}, expected {release.sha256}; fetch it again")
+def _read(release: Release, path: Path) -> dict[str, bytes]:
+    """The files of a released archive by name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [each for each in archive.namelist() if not each.endswith("/")]
+            files = {PurePosixPath(name).name: archive.read(name) for name in names}
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise UsageError(f"{path} is no whole archive ({error}); fetch it again") from None
+    found = digest(files)
+    if found != release.digest:
+        raise UsageError(f"{path}: the digest of its files is {found}, expected {release.digest}; fetch it again")
+    return files
 
 
 def _releases() -> str | None:
