@@ -139,6 +139,11 @@ def test_gpus_for_children_are_the_visible_ones(
 
 
 def test_without_gpus_children_share_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert visible_gpus(2) == ["0", "1"]
+    for hidden in (True, False):  # there may be some, which are hidden, and stay so
+        if hidden:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        else:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        names = visible_gpus(2)
+        assert len(set(names)) == 2 and all(int(each) < 0 for each in names)

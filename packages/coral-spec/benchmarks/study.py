@@ -6,9 +6,9 @@ settings.
 
 A lease of a GPU lasts about 25 minutes and starts bare, so the study is a list of leases, each with what it needs
 from those before it (`--plan` prints the list with its estimates). A lease is a list of steps; a step that has left
-its file is not done again, the commands within it go on where they were killed, and no step is begun that would not
-end within `--minutes`. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0); what is to be
-committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
+its file is not done again, the commands within it go on where they were killed, and from the first step on that would
+not end within `--minutes` none is begun. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0);
+what is to be committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
 
 On several GPUs (`--gpus 4`) commands of a step run side by side, one on each; so may leases that do not need one
 another, a process each with its own CUDA_VISIBLE_DEVICES. Several leases in a row: `--lease gemma3-data,gemma3-seed0`.
@@ -141,7 +141,7 @@ class Study:
         if name == OWN:
             options += ["--self-prompts", str(OWN_PROMPTS), "--temperature", "0.7", "--seed", "2"]
         else:
-            options += ["--prompts", str(self.prompts)]
+            options += ["--prompts", str(self.prompts or "PROMPTS")]
             options += ["--temperature", str(TEMPERATURES[name]), "--seed", str(list(TEMPERATURES).index(name))]
         options += ["--max-new-tokens", "400", "--batch-size", "4096", "--cache-gib", "40", "--shard-size", "8192"]
         return {f"{out}/complete": options}
@@ -325,20 +325,21 @@ class Study:
         """Of a step on these GPUs."""
         return step.minutes * math.ceil(len(step.commands) / len(self.gpus)) / len(step.commands)
 
-    def run(self, lease: str, ends: float) -> int:
-        """Do what of a lease is left and fits; the number of steps that are left after it."""
-        left = 0
+    def run(self, lease: str, ends: float) -> bool:
+        """Do what of a lease is left, up to the first step that does not fit, since later ones may need it.
+
+        Returns:
+            whether all of it is done.
+        """
         for number in range(len(self.leases()[lease])):
             step = self.leases()[lease][number]  # anew: where drafters lie depends on the steps before
-            if all(self.done(out) for out in step.commands):
-                self.keep(step)
-            elif time.monotonic() + 60 * self.minutes(step) > ends:
-                left += 1
-                print(f"left for another lease: {', '.join(step.commands)} ({self.minutes(step):g} minutes)")
-            else:
+            if not all(self.done(out) for out in step.commands):
+                if time.monotonic() + 60 * self.minutes(step) > ends:
+                    print(f"left for another lease: {', '.join(step.commands)} ({self.minutes(step):g} minutes)")
+                    return False
                 self.do(step)
-                self.keep(step)
-        return left
+            self.keep(step)
+        return True
 
     def done(self, out: str) -> bool:
         """Whether a command has left its file, in this lease or (a training, whose run stays behind) in an earlier."""
@@ -410,8 +411,10 @@ def main() -> int:
             total = sum(map(study.minutes, steps))
             print(f"{name:16} {total:5.0f} minutes, {done} of {len(steps)} steps done")
         return 0 if arguments.plan else 2
+    if arguments.prompts is None and any(lease.endswith("-data") for lease in wanted):
+        parser.error("answers need --prompts")
     ends = time.monotonic() + 60 * arguments.minutes
-    return 1 if sum(study.run(lease, ends) for lease in wanted) else 0
+    return 0 if all(study.run(lease, ends) for lease in wanted) else 1
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def test_a_fetched_drafter_is_the_targets_own(target: Target, release: Path, hom
     model = load(target, tree=SMALL)
     assert model.draft_name == str(folder)
     assert model.generate(PROMPT, max_new_tokens=8).statistics.rounds > 0
-    assert fetch_drafter("tiny", release.as_uri()) == folder  # once more, over the one that is there
+    assert fetch_drafter("tiny", "http://127.0.0.1:9") == folder  # it is there: nothing is fetched
+    (folder / "drafter.safetensors").write_bytes(b"of an earlier release")
+    fetch_drafter("tiny", release.as_uri())
+    assert load(target, tree=SMALL).draft_name == str(folder)
 
 
 def test_an_archive_that_the_user_brought_needs_no_network(target: Target, release: Path, home: Path) -> None:
@@ -68,8 +71,9 @@ def test_nothing_but_the_released_file_counts(target: Target, release: Path, hom
     archive.write_bytes(archive.read_bytes()[:1000])
     with pytest.raises(UsageError, match="no whole archive"):
         fetch_drafter("tiny", release.as_uri())
-    with pytest.raises(UsageError, match="cannot fetch"):
-        fetch_drafter("tiny", (release / "nowhere").as_uri())
+    for nowhere in ((release / "nowhere").as_uri(), "no/url"):
+        with pytest.raises(UsageError, match=f"cannot fetch .* put a copy .* at {home}/downloads/tiny-drafter-1.zip"):
+            fetch_drafter("tiny", nowhere)
     assert bundled_drafter(target) is None and not list(home.rglob("*.safetensors"))
 
 
@@ -86,6 +90,14 @@ def test_a_checkout_has_the_drafters_beside_the_package(
     assert bundled_drafter(target) is None  # some folder of this name, not that of a checkout
     (tmp_path / "pyproject.toml").touch()
     assert bundled_drafter(target) == folder
+
+
+def test_a_damaged_drafter_of_another_model_is_no_hindrance(target: Target, release: Path, home: Path) -> None:
+    (home / "drafters" / "damaged").mkdir(parents=True)
+    (home / "drafters" / "damaged" / "config.json").write_text("{}")
+    folder = fetch_drafter("tiny", release.as_uri())
+    with pytest.warns(UserWarning, match="this drafter is left out"):
+        assert bundled_drafter(target) == folder
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,13 @@ def test_a_training_of_an_earlier_lease_needs_no_run_here(tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+def test_nothing_is_begun_after_a_step_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = load_study().Study(tmp_path, None)
+    assert not study.run("smollm2-seed0", ends=0.0)
+    assert capsys.readouterr().out.count("left for another lease") == 1
+    assert not (tmp_path / "logs").exists()
+
+
 def test_commands_of_a_step_are_spread_over_gpus_and_one_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +146,7 @@ class Runner:
 @pytest.mark.parametrize(("own", "gpus"), [(None, {"0", "1"}), ("GPU-7,5,3", {"GPU-7", "5"})])
 def test_each_gpu_has_trainings_of_its_own_and_no_more_than_side_at_a_time(tmp_path, monkeypatch, own, gpus):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if own is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
     runner, jobs = Runner(tmp_path, 0.5), study.jobs_of("choice")[:7]

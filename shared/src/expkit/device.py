@@ -54,13 +54,18 @@ def resolve_device(name: str = "auto") -> torch.device:
 def visible_gpus(count: int) -> list[str]:
     """The first `count` GPUs, each as the CUDA_VISIBLE_DEVICES of a process that is to see no other.
 
-    Where there is none at all, the names are of none, and the processes share the CPU.
+    Where none is visible, the names are such that none will be, and the processes share the CPU.
 
     Raises:
         UsageError: fewer are visible.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")  # a child's numbers count all GPUs of the machine
-    ids = named.split(",") if named else [str(each) for each in range(torch.cuda.device_count() or count)]
+    if named is None:
+        ids = [str(each) for each in range(torch.cuda.device_count())]
+    else:
+        ids = [each for each in named.split(",") if each]
+    if not ids:
+        return [str(-1 - each) for each in range(count)]  # no GPU has such a number
     if count > len(ids):
         raise UsageError(f"{count} GPUs, but only {len(ids)} are visible ({', '.join(ids)})")
     return ids[:count]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,11 @@ def bundled_drafter(target: Target) -> Path | None:
     """Folder of the drafter that fits ``target``'s sizes and tokenizer; None without one."""
     needed = DrafterConfig.from_target(target)
     for folder in folders():
-        config = DrafterConfig.from_json(folder / "config.json")
+        try:
+            config = DrafterConfig.from_json(folder / "config.json")
+        except UsageError as error:
+            warnings.warn(f"{error}: this drafter is left out", stacklevel=2)
+            continue
         if (config.hidden_size, config.vocab_size, config.tokenizer_hash) == (
             needed.hidden_size,
             needed.vocab_size,
@@ -81,7 +86,8 @@ def fetch_drafter(alias: str, url: str | None = None) -> Path:
             user has put into the downloads folder comes first.
 
     Returns:
-        its folder; :func:`bundled_drafter` finds it from now on.
+        its folder; :func:`bundled_drafter` finds it from now on. One that is there already is not fetched again, one of
+        another release is replaced.
 
     Raises:
         UsageError: no such drafter is released, it cannot be had, or what came is not the file that is expected.
@@ -92,6 +98,8 @@ def fetch_drafter(alias: str, url: str | None = None) -> Path:
     release = RELEASED[alias]
     folder, brought = drafters_folder() / alias, downloads_folder() / release.file
     with preparation() as work:
+        if folder.is_dir() and digest({each.name: each.read_bytes() for each in folder.iterdir()}) == release.digest:
+            return folder
         if brought.is_file():
             files = _read(release, brought)
         else:
@@ -100,15 +108,16 @@ def fetch_drafter(alias: str, url: str | None = None) -> Path:
                 raise UsageError(f"this installation does not know its releases: give --url, or put {brought} there")
             archive = work / release.file
             source, what = f"{base.rstrip('/')}/{release.file}", f"the drafter of {alias}"
-            download(source, archive, verify=lambda path: None, what=what)
+            download(source, archive, verify=lambda path: None, what=what, brought=brought)
             files = _read(release, archive)
         unpacked = work / alias
         unpacked.mkdir()
         for name, content in files.items():
             (unpacked / name).write_bytes(content)
-        if not folder.exists():
-            folder.parent.mkdir(exist_ok=True)
-            unpacked.rename(folder)
+        folder.parent.mkdir(exist_ok=True)
+        if folder.exists():
+            folder.rename(work / "replaced")
+        unpacked.rename(folder)
     return folder
 
 

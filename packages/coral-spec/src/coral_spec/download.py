@@ -16,7 +16,7 @@ _CHUNK = 1 << 16
 _TIMEOUT_SECONDS = 20.0
 
 
-def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str) -> None:
+def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str, brought: Path | None = None) -> None:
     """Fetch `url` into `path`; an interrupted or wrong file leaves nothing behind.
 
     Args:
@@ -24,6 +24,7 @@ def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str)
         path: where it goes; its folder is made.
         verify: is given the file before it takes its name, and raises `UsageError` when it is not the right one.
         what: what the file is, for the message.
+        brought: where a copy that the user brings is looked for, if not at `path`.
 
     Raises:
         UsageError: no network, the server refuses, or `verify` does; says where a copy can be put by hand.
@@ -33,9 +34,9 @@ def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str)
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, atomic_path(path) as aside:
             _copy(answer, aside, int(answer.headers.get("Content-Length") or 0))
             verify(aside)
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise UsageError(f"cannot fetch {url} ({reason}); put a copy of that file at {path}") from error
+        raise UsageError(f"cannot fetch {url} ({reason}); put a copy of that file at {brought or path}") from error
 
 
 def _copy(answer: BinaryIO, path: Path, total: int) -> None:

@@ -102,7 +102,7 @@ class Bench:
         from coral_spec.tree import TreeShape
 
         tree = None if settings.tree == "auto" else TreeShape.parse(settings.tree)
-        head = int(settings.head) if settings.head.isdigit() else settings.head
+        head = int(settings.head) if settings.head.isdecimal() else settings.head
         methods = [make_method(*item, model, tree=tree, head=head) for item in settings.methods.items()]
         return cls(model, methods, settings)
 

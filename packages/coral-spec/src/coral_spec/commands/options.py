@@ -55,7 +55,7 @@ def parse_tree(text: str) -> TreeShape | None:
 
 def parse_head(text: str) -> str | int:
     """A number of rows, or a word for :func:`coral_spec.load` to judge."""
-    return int(text) if text.isdigit() else text
+    return int(text) if text.isdecimal() else text
 
 
 def require_file_name(option: str, path: Path | None, ending: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import Drafter, load_ranking
+from coral_spec.grouping import FILE as GROUPING
 from coral_spec.grouping import Grouping
 from coral_spec.heads.frequency import FrequencyHead
 from coral_spec.heads.full import FullHead
@@ -54,7 +55,7 @@ class HeadChoice:
         """
         wrong = UsageError(f"head is {head!r}, needed {NEEDED}")
         text = str(head)
-        if text.isdigit():
+        if text.isdecimal():
             if int(text) < FEWEST_ROWS:
                 raise UsageError(f"head is {head!r}, needed {NEEDED}; a number from {FEWEST_ROWS} on")
             return cls("frequency", int(text))
@@ -65,7 +66,7 @@ class HeadChoice:
             return cls(kind)
         size, comma, name = options.partition(",")
         scores = next((each for each in SCORES if each == name), None)
-        if kind not in ("routed", "low-rank") or not size.isdigit():
+        if kind not in ("routed", "low-rank") or not size.isdecimal():
             raise wrong
         if comma and (kind == "low-rank" or scores is None):
             raise wrong
@@ -85,7 +86,8 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     kind = choice.kind
     if kind == "auto":
         kind = "full" if ranking is None else "frequency"
-        if (folder / ROUTER).is_file() and (ranking is None or _slab_bytes(backbone, folder) >= SMALLEST_SLAB):
+        routable = (folder / ROUTER).is_file() and (folder / GROUPING).is_file()
+        if routable and (ranking is None or _slab_bytes(backbone, folder) >= SMALLEST_SLAB):
             kind = "routed"
     if kind == "full":
         return FullHead(backbone)
