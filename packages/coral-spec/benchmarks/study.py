@@ -1,36 +1,16 @@
-"""The study of CORAL: {SmolLM2-135M-Instruct, Gemma3-270M} x {EAGLE-2, HASS, HASS + CSRA, CORAL} and what chose the
-settings.
+"""The study of CORAL: {SmolLM2-135M-Instruct, Gemma3-270M} x {EAGLE-2, HASS, HASS + CSRA, CORAL} and its settings.
 
     python packages/coral-spec/benchmarks/study.py --work WORK --plan
     python packages/coral-spec/benchmarks/study.py --work WORK --lease smollm2-seed0 --minutes 24 --prompts PROMPTS
 
 A lease of a GPU lasts about 25 minutes and starts bare, so the study is a list of leases, each with what it needs
-from those before it (`--plan` prints the list with its estimates). A lease is a list of steps; a step that has left
-its file is not done again, the commands within it go on where they were killed, and from the first step on that would
-not end within `--minutes` none is begun. What a later lease needs lies in WORK/keep (answers, the drafters of seed 0);
-what is to be committed lies in WORK/results. WORK/runs (checkpoints) stays behind.
+from those before it (`--plan` prints them with estimates). A step that has left its file is not done again, a command
+goes on where it was killed, and from the first step on that would not end within `--minutes` none is begun. What a
+later lease needs lies in WORK/keep, what is to be committed in WORK/results; WORK/runs (checkpoints) stays behind.
+With `--gpus 4` commands of a step run side by side, one on each; `--lease gemma3-data,gemma3-seed0` does two in a row.
 
-On several GPUs (`--gpus 4`) commands of a step run side by side, one on each; so may leases that do not need one
-another, a process each with its own CUDA_VISIBLE_DEVICES. Several leases in a row: `--lease gemma3-data,gemma3-seed0`.
-
-The plan, with what it took on an H100 where that is known (a training of 3 steps: 31 to 60 ms a step with SmolLM2, by
-how fast the host launches):
-
-1. `smollm2-data`, `gemma3-data`: answers to the same prompts, at temperatures 0 and 0.8; SmolLM2's took 4 minutes.
-2. `smollm2-sweep`: CSRA's anchor, weight and temperature, 21 short trainings; 20 minutes.
-3. `smollm2-seed0`, `-seed1`, `-seed2`: EAGLE-2, HASS and HASS + CSRA with equal steps, 6,000: 16 minutes; then
-   acceptance on three sets at temperature 0, four processes, 2 minutes: in fp32, where all answers are the same text.
-4. `smollm2-settings`: EAGLE-2 with the same alignment to the target, which tells what the alignment does without
-   further steps, and other weights of CSRA at full length: 20 minutes.
-5. `smollm2-router`: routers over grouping x groups x always-read groups on the CSRA drafter of seed 0, 7 short
-   trainings: 5 minutes; acceptance by active groups and score scale: 6 minutes.
-6. `smollm2-heads`: the full training of the chosen router, and of low-rank heads of as many weights as some numbers of
-   rows have: 4 minutes; all heads at equal drafter and tree, in fp32: 4 minutes; temperature 1 for EAGLE-2 and CORAL: 2
-   minutes; speed alone, 10 prompts x 128 tokens: 5 minutes.
-7. `smollm2-bundled`: answers to prompts that the target writes itself, a longer training, its router, its acceptance:
-   25 minutes.
-8. `gemma3-seed0`, `gemma3-router`, `gemma3-heads`: the same for one seed, temperature 1 as the headline.
-9. `cpu`: Gemma's routed and full head on two cores, no GPU: 12 minutes.
+Leases: `-data` (answers), `-sweep` (the alignment's settings), `-seed0` to `-seed2` (recipes with equal steps),
+`-settings` (controls), `-router`, `-heads` (all at equal drafter; temperature 1; speed), `-bundled`; `cpu`.
 """
 
 from __future__ import annotations
@@ -48,15 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expkit.device import visible_gpus
+from expkit.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
-SETTINGS = {
-    "aligned": ("eagle2", 3.0),
-    "weight1": ("coral", 1.0),
-    "weight10": ("coral", 10.0),
-}  # name -> preset, weight
+SETTINGS = {"aligned": ("eagle2", 3.0), "weight1": ("coral", 1.0), "weight10": ("coral", 10.0)}  # preset, weight
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
@@ -383,9 +360,7 @@ class Study:
         for source, name in step.keep.items():
             if (self.work / source).is_dir():
                 shutil.copytree(self.work / source, self.work / "keep" / name, dirs_exist_ok=True)
-        for out in step.commands:
-            if not out.startswith("runs/"):
-                continue
+        for out in (each for each in step.commands if each.startswith("runs/")):
             for run in {(self.work / out).parent, self.work / "runs" / Path(out).parts[1]}:  # of a stage, and before it
                 kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
                 kept.mkdir(parents=True, exist_ok=True)
@@ -403,7 +378,10 @@ def main() -> int:
     parser.add_argument("--prompts", type=Path, help="JSON lines of prompts, for the leases of answers")
     parser.add_argument("--plan", action="store_true", help="print the leases and what of them is done")
     arguments = parser.parse_args()
-    study = Study(arguments.work, arguments.prompts, visible_gpus(arguments.gpus))
+    try:
+        study = Study(arguments.work, arguments.prompts, visible_gpus(arguments.gpus))
+    except UsageError as error:
+        parser.error(f"--gpus: {error}")
     leases, wanted = study.leases(), arguments.lease.split(",")
     if arguments.plan or not set(wanted) <= set(leases):
         for name, steps in leases.items():

@@ -41,6 +41,8 @@ def run(
 
     if prompts < 1:
         raise UsageError(f"prompts is {prompts}, needed at least 1")
+    options.require_file_name("json", json, ".json")
+    options.require_file_name("plot", plot, ".png")
     proof = evidence(0)
     samples = load_task("sample", limit=prompts)
     typer.echo(f"loading {model} (downloaded the first time) ...")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coral_spec.commands import options
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 def run(
     json: Annotated[Path | None, typer.Option(help="Write the same facts as JSON to this file.")] = None,
-    fetch: Annotated[str | None, typer.Option(help="Fetch the trained drafter of this alias from a release.")] = None,
-    url: Annotated[str | None, typer.Option(help="Where the release's files are, in place of its own home.")] = None,
+    # hidden until a drafter is released
+    fetch: Annotated[str | None, typer.Option(help="Fetch this alias's drafter from a release.", hidden=True)] = None,
+    url: Annotated[str | None, typer.Option(help="Where the release's files are.", hidden=True)] = None,
 ) -> None:
     """List the aliases: what they are, where they come from, and whether they are here already."""
     from rich.console import Console
@@ -27,6 +29,7 @@ def run(
     from coral_spec.targets.aliases import ALIASES
     from coral_spec.targets.home import home_folder
 
+    options.require_file_name("json", json, ".json")
     if fetch is not None:
         Console().print(f"{fetch}: drafter in {fetch_drafter(fetch, url)}", soft_wrap=True, highlight=False)
     elif url is not None:
