@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import decoders
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
 from coral_spec.targets import load_target
-from coral_spec.targets.gguf import known_architectures, settle_tokenizer
+from coral_spec.targets.gguf import known_architectures, restore_merges, settle_tokenizer
 from coral_spec.targets.load import prepare_gguf
 from expkit.errors import UsageError
 from making import make_gguf
@@ -112,3 +113,32 @@ def test_smollm_cuts_digits_apart_before_anything_else() -> None:
     settle_tokenizer(tokenizer, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"})
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
     assert [piece for piece, _ in pieces] == ["a", "\u0120\u0120", "1", "2"]
+
+
+def sentencepiece(merges: list[tuple[str, str]]) -> tuple[PreTrainedTokenizerFast, list[tuple[str, int]]]:
+    """A tokenizer as a loader makes it of a vocabulary, and the vocabulary as a GGUF file lists it."""
+    special = {"<pad>": 3, "<bos>": 3, "<unk>": 3, "<turn>": 4}
+    pieces = [*special, "  ", "he", "ll", "hell", "hello", "\u2581", "h", "e", "l", "o"]
+    ids = {piece.replace(" ", "\u2581"): index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+    return tokenizer, [(piece, special.get(piece, 1)) for piece in pieces]
+
+
+HEADER = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
+
+
+def test_lost_merges_and_special_tokens_are_restored() -> None:
+    tokenizer, vocabulary = sentencepiece([])
+    assert tokenizer.tokenize("hello") == [*"hello"]
+    restore_merges(tokenizer, HEADER, lambda: vocabulary)
+    assert tokenizer.tokenize("hello  <turn> hel") == ["hello", "\u2581\u2581", "<turn>", "\u2581", "he", "l"]
+    assert tokenizer("hello")["input_ids"] == [1, vocabulary.index(("hello", 1))]
+    assert len(tokenizer) == len(vocabulary)
+
+
+def test_merges_that_are_there_stay_and_a_file_may_forbid_the_first_token() -> None:
+    tokenizer, vocabulary = sentencepiece([("h", "e")])
+    restore_merges(tokenizer, {**HEADER, "tokenizer.ggml.add_bos_token": False}, lambda: pytest.fail("was read"))
+    assert tokenizer("hello")["input_ids"] == [vocabulary.index((each, 1)) for each in ("he", "l", "l", "o")]

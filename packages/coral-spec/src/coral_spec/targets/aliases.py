@@ -8,7 +8,7 @@ from pathlib import Path
 from coral_spec.targets.home import models_folder
 
 # Part of a converted folder's name: raise it when a conversion changes what it writes.
-CONVERSION = 1
+CONVERSION = 2
 
 
 @dataclass(frozen=True)

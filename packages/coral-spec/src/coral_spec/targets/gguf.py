@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,8 @@ _STRING, _ARRAY = 8, 9
 _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _LONGEST = 1 << 28  # no name or text of a header is longer; a damaged length would ask for exabytes
 _SPLITTING = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+_CONTROL = 3  # a type of token
+_WHOLE = (_CONTROL, 4)  # found in a text before it is cut: control tokens and those that a user defined
 _SPECIAL = {
     "tokenizer.ggml.bos_token_id": "bos_token",
     "tokenizer.ggml.eos_token_id": "eos_token",
@@ -73,7 +76,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     Raises:
         UsageError: a damaged file, an architecture that the loader does not know, or one that generates no text.
     """
-    header = read_header(path, ("general.architecture", *_SPLITTING, *_SPECIAL))
+    header = read_header(path, ("general.architecture", "tokenizer.ggml.add_bos_token", *_SPLITTING, *_SPECIAL))
     architecture = header.get("general.architecture", "")
     known = known_architectures()
     if architecture not in known:
@@ -86,6 +89,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
                 _eos_without_bos(header),
             ):  # the loader's own bar obeys no setting
                 model, missing, tokenizer = _load(_alone(path, Path(empty)))
+                restore_merges(tokenizer, header, functools.partial(_vocabulary, path))
         except ImportError as error:
             raise UsageError(f"GGUF files need the packages gguf and accelerate ({first_line(error)})") from None
         except _DAMAGE as error:
@@ -158,6 +162,57 @@ def _load(path: Path) -> tuple[Any, set[str], PreTrainedTokenizerBase]:
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     return model, set(report["missing_keys"]) | set(report["mismatched_keys"]), tokenizer
+
+
+def _vocabulary(path: Path) -> list[tuple[str, int]]:
+    """Pieces as the file spells them, with the type of each."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    pieces, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    return list(zip(pieces, types, strict=True))
+
+
+def restore_merges(
+    tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any], vocabulary: Callable[[], list[tuple[str, int]]]
+) -> None:
+    """Give a sentencepiece vocabulary its merges and its special tokens, where the loader has lost them.
+
+    A GGUF file lists such a vocabulary in the order in which its pieces were merged, and no merges. Up to 5.17 the
+    loader makes none for Gemma, so that a text is read letter by letter, with no token in front of it.
+
+    Args:
+        tokenizer: changed in place.
+        header: of the file.
+        vocabulary: reads pieces and their types, in order, where they are needed.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or header.get("tokenizer.ggml.model") != "llama":
+        return
+    from tokenizers import AddedToken, models, processors
+
+    if not json.loads(backend.to_str())["model"].get("merges"):
+        found = vocabulary()
+        # runs of blanks are spelled as such in the file, all other blanks as sentencepiece spells them
+        spelled = [piece if piece.strip(" ") else "\u2581" * len(piece) for piece, _ in found]
+        ids = {piece: index for index, piece in enumerate(spelled)}
+        backend.model = models.BPE(
+            vocab=ids, merges=_merges(spelled, ids), unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True
+        )
+        whole = [(piece, kind) for piece, kind in found if kind in _WHOLE and piece.strip(" ")]
+        tokenizer.add_tokens([AddedToken(piece, normalized=False, special=kind == _CONTROL) for piece, kind in whole])
+    start = header.get("tokenizer.ggml.bos_token_id")
+    if start is not None and header.get("tokenizer.ggml.add_bos_token", True):
+        name = tokenizer.convert_ids_to_tokens(start)
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, start)]
+        )
+
+
+def _merges(pieces: Sequence[str], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """All pairs of pieces that make a piece, those of earlier pieces first, then those with a longer left one."""
+    cuts = ((piece[:at], piece[at:]) for piece in pieces for at in range(len(piece) - 1, 0, -1))
+    return [(left, right) for left, right in cuts if left in ids and right in ids]
 
 
 def settle_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Mapping[str, Any]) -> None:
