@@ -33,14 +33,17 @@ from expkit.errors import UsageError
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
-SETTINGS = {"aligned": ("eagle2", 3.0), "weight1": ("coral", 1.0), "weight10": ("coral", 10.0)}  # preset, weight
+SETTINGS = {"aligned": ("eagle2", 3.0, 1), "weight1": ("coral", 1.0, 3), "weight03": ("coral", 0.3, 1)}  # weight, seeds
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
-TEMPERATURES = {"t00": 0.0, "t08": 0.8}
+TEMPERATURES = {"t00": 0.0, "t08": 0.8, "t10": 1.0}
+ANSWERS = {"smollm2": ("t00", "t08"), "gemma3": ("t08", "t10")}  # what drafters learn from
 OWN, OWN_PROMPTS = "own", 14_000  # answers to prompts that the target writes: the others hold little conversation
 LONG = 14_000  # steps of the bundled drafter
-EXACT = ("--dtype", "fp32")  # all drafters and heads meet the same answers
+# What drafters and heads are compared on: greedily in fp32 they meet the same answers. Gemma is a base model, whose
+# greedy answers soon repeat themselves, so it samples.
+TERMS = {"smollm2": ("--dtype", "fp32"), "gemma3": ("--temperature", "1")}
 
 # what the sweeps try; CSRA: anchor, weight, temperature, in the order in which one line led to the next; 0 is HASS
 CSRA = [
@@ -88,8 +91,8 @@ class Study:
         """Steps by lease, in the order of the plan."""
         found: dict[str, list[Step]] = {}
         for family in MODELS:
-            answers = {out: each for name in TEMPERATURES for out, each in self.answers(family, name).items()}
-            found[f"{family}-data"] = self.batches(answers, 6)
+            answers = {out: each for name in ANSWERS[family] for out, each in self.answers(family, name).items()}
+            found[f"{family}-data"] = self.batches(answers, 4)
             if family == "smollm2":
                 found[f"{family}-sweep"] = self.csra_sweep(family)
             for seed in range(SEEDS if family == "smollm2" else 1):
@@ -124,13 +127,13 @@ class Study:
         return {f"{out}/complete": options}
 
     def training(
-        self, family: str, name: str, preset: str, seed: int, *settings: str, answers: Sequence[str] = (*TEMPERATURES,)
+        self, family: str, name: str, preset: str, seed: int, *settings: str, answers: Sequence[str] = ()
     ) -> dict[str, list[str]]:
         """A training by what it leaves."""
         options = ["train", "--config", str(CONFIGS / f"{preset}.toml"), "--model", MODELS[family], "--name", name]
         options += ["--runs", self.path("runs"), "--seed", str(seed), "--set", "evaluation.every=500"]
         options += ["--set", f"loss.chunk={8192 if family == 'smollm2' else 2048}"]
-        for each in answers:
+        for each in answers or ANSWERS[family]:
             options += ["--data", self.path("keep/answers", f"{family}-{each}")]
         return {f"runs/{name}/result.json": [*options, *settings]}
 
@@ -141,7 +144,7 @@ class Study:
         for recipe, name in names.items():
             commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter")
         keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
-        return Step(16 if family == "smollm2" else 20, commands, keep)
+        return Step(16 if family == "smollm2" else 33, commands, keep)
 
     def drafters(self, family: str, seed: int, recipes: Sequence[str] = tuple(RECIPES)) -> list[str]:
         """Options that name drafters, as they lie in this lease or in what earlier ones have kept."""
@@ -161,27 +164,34 @@ class Study:
 
     def acceptance(self, family: str, seed: int) -> Step:
         """All recipes with the full head: tau and acceptance per depth."""
-        options = [*self.drafters(family, seed), "--head", "full", *EXACT]
-        return Step(3, self.evaluation(family, f"recipes-seed{seed}-t0", *options), {})
+        options = [*self.drafters(family, seed), "--head", "full"]
+        greedy = self.evaluation(family, f"recipes-seed{seed}-t0", *options, *TERMS["smollm2"])
+        if family == "smollm2":
+            return Step(3, greedy, {})
+        return Step(5, {**self.evaluation(family, f"recipes-seed{seed}-t1", *options, *TERMS[family]), **greedy}, {})
 
     def settings(self, family: str) -> list[Step]:
         """CSRA's best weights at full length, and its alignment to the target with EAGLE-2's one step."""
-        commands = {}
-        for recipe, (preset, weight) in SETTINGS.items():
+        commands, evaluations = {}, {}
+        for recipe, (preset, weight, seeds) in SETTINGS.items():
             settings = {"weight": weight, "anchor": "target", "temperature": 0.07}
             flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
-            commands |= self.training(family, f"{family}-{recipe}-0", preset, 0, "--stages", "drafter", *flags)
-        options = [*self.drafters(family, 0, ("eagle2", "hass", "csra", *SETTINGS)), "--head", "full", *EXACT]
-        return [*self.batches(commands, 6), Step(4, self.evaluation(family, "settings-t0", *options), {})]
+            for seed in range(seeds):
+                name = f"{family}-{recipe}-{seed}"
+                commands |= self.training(family, name, preset, seed, "--stages", "drafter", *flags)
+                if preset == "coral":
+                    options = [*self.drafters(family, seed, (recipe,)), "--head", "full", *TERMS[family]]
+                    evaluations |= self.evaluation(family, f"{recipe}-seed{seed}-t0", *options)
+        return [*self.batches(commands, 6), *self.batches(evaluations, 1)]
 
     def bundled(self, family: str) -> list[Step]:
         """The drafter and router that the package has: more answers, more steps."""
         name = f"{family}-bundled-0"
         stages = ["--stages", "drafter,router", "--steps", str(LONG), "--set", "evaluation.every=2000"]
-        made = self.training(family, name, "coral", 0, *stages, answers=(*TEMPERATURES, OWN))
+        made = self.training(family, name, "coral", 0, *stages, answers=(*ANSWERS[family], OWN))
         keep = {f"runs/{name}/drafter": f"drafters/{name}"}
-        options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *EXACT]
-        routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *EXACT]
+        options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *TERMS[family]]
+        routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *TERMS[family]]
         return [
             *self.batches(self.answers(family, OWN), 6),
             Step(16, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
@@ -190,11 +200,11 @@ class Study:
         ]
 
     def sampled(self, family: str) -> Step:
-        """EAGLE-2 and CORAL at temperature 1."""
+        """EAGLE-2, where its acceptance was measured greedily only, and CORAL at temperature 1."""
         options = [*self.drafters(family, 0, ("eagle2",)), "--head", "full", "--temperature", "1"]
         routed = [*self.drafters(family, 0, ("coral",)), "--head", "routed", "--temperature", "1"]
-        evaluations = self.evaluation(family, "eagle2-t1", *options)
-        return Step(4, {**evaluations, **self.evaluation(family, "coral-t1", *routed)}, {})
+        evaluations = self.evaluation(family, "eagle2-t1", *options) if family == "smollm2" else {}
+        return Step(2, {**evaluations, **self.evaluation(family, "coral-t1", *routed)}, {})
 
     def csra_sweep(self, family: str) -> list[Step]:
         """One setting changed at a time, and weight with temperature; HASS beside them."""
@@ -231,7 +241,7 @@ class Study:
 
     def active_groups(self, family: str) -> Step:
         """tau by active groups and score scale, on fewer prompts."""
-        options = self.drafters(family, 0, ("trial",))
+        options = [*self.drafters(family, 0, ("trial",)), *TERMS[family]]
         for share, scores in itertools.product(SHARES, ("renormalised", "hierarchical")):
             options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]},{scores}"]
         return Step(6, self.evaluation(family, "active-groups", *options, limit=10), {})
@@ -257,15 +267,16 @@ class Study:
         return round(self.rows(family, share) * WIDTH[family] / (ROWS[family] + WIDTH[family]))
 
     def equal_heads(self, family: str) -> Step:
-        """All heads at equal drafter, tree and answers, and with equal weights, those of the router counted."""
+        """All heads at equal drafter and tree, and with equal weights, those of the router counted."""
+        limit = 20 if family == "smollm2" else 40
         options = [*self.drafters(family, 0, ("coral",)), "--head", "full"]
         for share in SHARES:
             options += ["--head", f"routed:{round(CHOSEN_GROUPS * share) - CHOSEN_ALWAYS}"]
             options += ["--head", str(self.rows(family, share))]
-        commands = self.evaluation(family, "heads", *options, *EXACT, limit=20)
+        commands = self.evaluation(family, "heads", *options, *TERMS[family], limit=limit)
         for rank in [self.rank(family, share) for share in LOW_RANK_SHARES]:
-            low_rank = [*self.drafters(family, 0, (f"lowrank{rank}",)), "--head", "low-rank", *EXACT]
-            commands |= self.evaluation(family, f"heads-lowrank{rank}", *low_rank, limit=20)
+            low_rank = [*self.drafters(family, 0, (f"lowrank{rank}",)), "--head", "low-rank", *TERMS[family]]
+            commands |= self.evaluation(family, f"heads-lowrank{rank}", *low_rank, limit=limit)
         return Step(5, commands, {})
 
     def speed(self, family: str) -> list[Step]:
@@ -278,6 +289,7 @@ class Study:
             out = f"results/{family}-speed-{head}.json"
             options = ["bench", "--model", MODELS[family], *SETS, "--limit", "10", "--max-new-tokens", "128"]
             options += ["--methods", methods, "--head", head, "--tree", "6,10,60", "--json", self.path(out)]
+            options += [] if family == "smollm2" else TERMS[family]
             steps.append(Step(3, {out: [*options, "--plot", self.path(out[:-5] + ".png")]}, {}))
         return steps
 
@@ -289,6 +301,7 @@ class Study:
             methods = "ar," + self.drafters("gemma3", 0, ("coral",))[1]
             options = ["bench", "--model", MODELS["gemma3"], "--tasks", "sample", "--limit", "4", "--device", "cpu"]
             options += ["--methods", methods, "--head", head, "--max-new-tokens", "96", "--json", self.path(out)]
+            options += TERMS["gemma3"]
             steps.append(Step(4, {out: options}, {}))
         return steps
 

@@ -3,9 +3,9 @@
     python packages/coral-spec/benchmarks/study_report.py RESULTS --json OUT.json --curve CURVE.png
 
 RESULTS is WORK/results of `study.py`. Differences between recipes are paired: same seed, same prompt, and where they
-were measured in fp32 the same answer. Two 95 % intervals: one over other prompts, which resamples prompts within each
-set for the trainings that there are; and Student's over other trainings, from one mean difference a seed, which is wide
-for few seeds.
+were measured in fp32 the same answer; sampled answers differ. Two 95 % intervals: one over other prompts, which
+resamples prompts within each set for the trainings that there are; and Student's over other trainings, from one mean
+difference a seed, which is wide for few seeds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from expkit.metrics import read_metrics
 from expkit.rundir import evidence
 
 SAMPLES, SEED = 10_000, 0
+TERMS = {"smollm2": "t0", "gemma3": "t1"}  # temperature at which recipes are compared
 PAIRS = (("hass", "eagle2"), ("csra", "hass"), ("csra", "eagle2"))
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles by degrees of freedom
 SHORT = 64  # tokens: long answers of small models repeat themselves
@@ -34,9 +35,9 @@ Taus = dict[tuple[int, str, str], list[float]]  # by seed, task and recipe: one 
 
 
 def read_taus(results: Path, family: str, most: int | None = None) -> Taus:
-    """Per-prompt tau of all recipes, at temperature 0; of the first ``most`` tokens of each answer, if given."""
+    """Per-prompt tau of all recipes; of the first ``most`` tokens of each answer, if given."""
     found: Taus = {}
-    for path in sorted(results.glob(f"{family}-recipes-seed*-t0.json")):
+    for path in sorted(results.glob(f"{family}-recipes-seed*-{TERMS[family]}.json")):
         seed = int(re.findall(r"seed(\d+)", path.name)[0])
         for run in json.loads(path.read_text())["runs"]:
             records = run["prompt_records"]
@@ -59,7 +60,7 @@ def tau_of(accept_lengths: Sequence[int], most: int) -> float | None:
 def looped(results: Path, family: str) -> dict[str, float]:
     """Share of answers that end in a repetition, by recipe."""
     found: dict[str, list[float]] = defaultdict(list)
-    for path in sorted(results.glob(f"{family}-recipes-seed*-t0.json")):
+    for path in sorted(results.glob(f"{family}-recipes-seed*-{TERMS[family]}.json")):
         for run in json.loads(path.read_text())["runs"]:
             found[run["method"]].append(run["looped"])
     return {recipe: sum(shares) / len(shares) for recipe, shares in found.items()}
@@ -214,7 +215,7 @@ def main() -> None:
     parser.add_argument("--curve", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {"trainings": trainings(options.results)}
-    for family in ("smollm2", "gemma3"):
+    for family in TERMS:
         taus = read_taus(options.results, family)
         report[family] = {
             "recipes": compare(taus) if taus else None,
