@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coral_spec import kernels
+from coral_spec import drafter, kernels
 from coral_spec.backbone import Backbone
-from coral_spec.drafter import Drafter, DrafterConfig
+from coral_spec.drafter import Drafter, DrafterConfig, load_ranking
 from coral_spec.grouping import EMPTY, make_grouping
 from coral_spec.heads import FullHead, LowRankHead, RoutedHead, choose
 from coral_spec.heads.choose import HeadChoice, spared_share
@@ -25,7 +25,7 @@ from coral_spec.router import Router, Routing, choose_groups
 from coral_spec.targets import Target
 from coral_spec.tree import TreeShape
 from drafting import PROMPT, SMALL, save_drafter
-from expkit.checkpoint import save_tensors
+from expkit.checkpoint import load_tensors, save_tensors
 from expkit.errors import UsageError
 from tiny import tiny_target
 
@@ -206,6 +206,19 @@ def test_a_ranking_of_another_vocabulary_is_refused(target: Target, folder: Path
     save_tensors(folder / "frequency.safetensors", {"ranking": torch.tensor([0, VOCAB], dtype=torch.int32)}, None)
     with pytest.raises(UsageError, match="a vocabulary of 259 does not have"):
         load(target, draft=str(folder), head="frequency")
+    save_tensors(folder / "frequency.safetensors", {"ranking": torch.tensor([3, 3], dtype=torch.int32)}, None)
+    with pytest.raises(UsageError, match="more than once"):
+        load(target, draft=str(folder), head="frequency")
+
+
+def test_tokens_that_a_ranking_leaves_out_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafter, "RANKED", 3)
+    target, ranking = tiny_target("llama"), torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))
+    Drafter(DrafterConfig.from_target(target)).save(tmp_path, model_card="", ranking=ranking.to(torch.int32))
+    assert load_tensors(tmp_path / "frequency.safetensors")["ranking"].tolist() == ranking[:3].tolist()
+    loaded = load_ranking(tmp_path, VOCAB)
+    assert loaded is not None
+    assert loaded.tolist() == [*ranking[:3].tolist(), *sorted(ranking[3:].tolist())]
 
 
 def test_telemetry_says_rows_and_recall(target: Target, folder: Path) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS = "drafter.safetensors"
+RANKED = 65_536  # tokens in the order of their counts; of rarer ones the order means nothing, and takes a megabyte
 
 
 class KeyValueStore(Protocol):
@@ -133,10 +134,12 @@ class DrafterConfig:
 
 
 def load_ranking(folder: Path, vocab_size: int) -> Tensor | None:
-    """Token ids, most frequent in the drafter's training answers first ``(rows,)``; None when none was saved.
+    """All token ids ``(vocab_size,)``, most frequent in the training answers first; None when none were saved.
+
+    Those that the file leaves out come last, in their own order.
 
     Raises:
-        UsageError: the file holds something else than ids of so many tokens.
+        UsageError: the file holds something else than different ids of so many tokens.
     """
     path = folder / "frequency.safetensors"
     if not path.is_file():
@@ -146,7 +149,11 @@ def load_ranking(folder: Path, vocab_size: int) -> Tensor | None:
         raise UsageError(f"{path} holds no ranking of token ids")
     if int(ranking.min()) < 0 or int(ranking.max()) >= vocab_size:
         raise UsageError(f"{path} ranks tokens that a vocabulary of {vocab_size} does not have")
-    return ranking.long()
+    left = torch.ones(vocab_size, dtype=torch.bool)
+    left[ranking.long()] = False
+    if int(left.sum()) != vocab_size - ranking.numel():
+        raise UsageError(f"{path} ranks a token more than once")
+    return torch.cat([ranking.long(), left.nonzero().flatten()])
 
 
 def _rope_theta(config: Any) -> float:
@@ -308,13 +315,14 @@ class Drafter(nn.Module):
         Args:
             folder: made if absent.
             model_card: Markdown text.
-            ranking: token ids, most frequent first, kept in ``frequency.safetensors`` as int32.
+            ranking: token ids, most frequent first; the first 65,536 are kept in ``frequency.safetensors`` as int32.
         """
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.state_dict().items()}
         save_tensors(folder / WEIGHTS, weights, {"format": "pt"})
         if ranking is not None:
-            save_tensors(folder / "frequency.safetensors", {"ranking": ranking.to("cpu", torch.int32)}, None)
+            kept = ranking[:RANKED].to("cpu", torch.int32)
+            save_tensors(folder / "frequency.safetensors", {"ranking": kept}, None)
         for name, text in (("README.md", model_card), ("config.json", self.config.to_json())):
             with atomic_path(folder / name) as path:
                 path.write_text(text)
