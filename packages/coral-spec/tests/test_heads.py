@@ -25,7 +25,7 @@ from coral_spec.router import Router, Routing, choose_groups
 from coral_spec.targets import Target
 from coral_spec.tree import TreeShape
 from drafting import PROMPT, SMALL, save_drafter
-from expkit.checkpoint import load_tensors, save_tensors
+from expkit.checkpoint import load_tensors, read_metadata, save_tensors
 from expkit.errors import UsageError
 from tiny import tiny_target
 
@@ -209,6 +209,15 @@ def test_a_ranking_of_another_vocabulary_is_refused(target: Target, folder: Path
     save_tensors(folder / "frequency.safetensors", {"ranking": torch.tensor([3, 3], dtype=torch.int32)}, None)
     with pytest.raises(UsageError, match="more than once"):
         load(target, draft=str(folder), head="frequency")
+
+
+@pytest.mark.parametrize("name", ["drafter.safetensors", "router.safetensors"])
+def test_weights_of_a_training_that_diverged_are_refused(target: Target, folder: Path, name: str) -> None:
+    weights, about = load_tensors(folder / name), read_metadata(folder / name)
+    next(iter(weights.values())).view(-1)[3] = float("nan")
+    save_tensors(folder / name, weights, about)
+    with pytest.raises(UsageError, match=f"{name}: tensor .* not finite"):
+        load(target, draft=str(folder), head="routed")
 
 
 def test_tokens_that_a_ranking_leaves_out_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

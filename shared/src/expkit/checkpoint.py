@@ -75,6 +75,13 @@ def _plain(obj: object) -> object:
     return obj
 
 
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """UsageError naming the file when a training that diverged has left values that are no numbers."""
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise UsageError(f"{path}: tensor {broken[0]} holds values that are not finite; was its training stable?")
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically. Tensors that share memory are written once each."""
     seen: set[int] = set()

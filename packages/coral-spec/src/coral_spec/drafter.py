@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from expkit.checkpoint import atomic_path, load_tensors, save_tensors
+from expkit.checkpoint import atomic_path, load_tensors, require_finite, save_tensors
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ class Drafter(nn.Module):
         """A drafter on the target's device and in its dtype.
 
         Raises:
-            UsageError: no drafter there, damaged, or made for another width, vocabulary or tokenizer.
+            UsageError: no drafter there, damaged, diverged, or made for another width, vocabulary or tokenizer.
         """
         config = DrafterConfig.from_json(folder / "config.json")
         config.require_fit(target, folder)
@@ -345,5 +345,6 @@ class Drafter(nn.Module):
             raise UsageError(
                 f"{folder / 'drafter.safetensors'}: tensor {wrong} is {found.get(wrong)}, needed {expected.get(wrong)}"
             )
+        require_finite(weights, folder / WEIGHTS)
         drafter.load_state_dict(weights)
         return drafter.to(target.device, target.dtype).eval().requires_grad_(False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from coral_spec import kernels
 from coral_spec.grouping import Grouping
-from expkit.checkpoint import load_tensors, read_metadata, save_tensors
+from expkit.checkpoint import load_tensors, read_metadata, require_finite, save_tensors
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Routing:
         """What :meth:`save` wrote, on the target's device in its dtype.
 
         Raises:
-            UsageError: no router there, or one for another grouping, vocabulary, width or tokenizer.
+            UsageError: no router there, one that diverged, or one for another grouping, vocabulary, width or tokenizer.
         """
         path = folder / FILE
         if not path.is_file():
@@ -137,6 +137,7 @@ class Routing:
         expected = {name: part.shape for name, part in router.state_dict().items()}
         if {name: part.shape for name, part in weights.items()} != expected or not about.get("active", "").isdigit():
             raise UsageError(f"{path} is damaged or no router of {grouping.groups} groups at width {width}")
+        require_finite(weights, path)
         router.load_state_dict(weights)
         router = router.to(target.device, target.dtype).eval().requires_grad_(False)
         return cls(router, grouping, int(about["active"]), about.get("scores", ""))  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from coral_spec.backbone import Backbone
 from coral_spec.heads.interface import ProposalHead, top_log_probs
 from coral_spec.packing import packed
-from expkit.checkpoint import load_tensors, read_metadata, save_tensors
+from expkit.checkpoint import load_tensors, read_metadata, require_finite, save_tensors
 from expkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class LowRankFactors(nn.Module):
             sizes: rows and width of the head.
 
         Raises:
-            UsageError: there are none, or they are of another model.
+            UsageError: there are none, they diverged, or they are of another model.
         """
         path = folder / FILE
         tensors, about = load_tensors(path), read_metadata(path)
@@ -87,6 +87,7 @@ class LowRankFactors(nn.Module):
             raise UsageError(f"{path} holds no factors of a head of {sizes[0]} rows")
         if down.shape[1] != sizes[1] or about.get("tokenizer_hash") != target.tokenizer_hash:
             raise UsageError(f"{path} was made for another model than {target.name}")
+        require_finite(tensors, path)
         return cls(down.to(target.device, target.dtype), up.to(target.device, target.dtype)).requires_grad_(False)
 
 
