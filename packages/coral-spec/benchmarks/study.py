@@ -34,6 +34,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
 SETTINGS = {"aligned": ("eagle2", 3.0, 1), "weight1": ("coral", 1.0, 3), "weight03": ("coral", 0.3, 1)}  # weight, seeds
+WEIGHT = {"smollm2": 3.0, "gemma3": 1.0}  # of the alignment: what short trainings chose; of `settings`, a better one
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
@@ -142,7 +143,8 @@ class Study:
         names = {recipe: f"{family}-{recipe}-{seed}" for recipe in RECIPES}
         commands = {}
         for recipe, name in names.items():
-            commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter")
+            weight = ["--set", f"csra.weight={WEIGHT[family]}"] if recipe == "csra" else []
+            commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter", *weight)
         keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
         return Step(16 if family == "smollm2" else 33, commands, keep)
 

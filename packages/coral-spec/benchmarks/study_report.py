@@ -27,7 +27,7 @@ from expkit.rundir import evidence
 
 SAMPLES, SEED = 10_000, 0
 TERMS = {"smollm2": "t0", "gemma3": "t1"}  # temperature at which recipes are compared
-PAIRS = (("hass", "eagle2"), ("csra", "hass"), ("csra", "eagle2"))
+PAIRS = (("hass", "eagle2"), ("csra", "hass"), ("csra", "eagle2"), ("weight1", "hass"), ("weight1", "csra"))
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles by degrees of freedom
 SHORT = 64  # tokens: long answers of small models repeat themselves
 
@@ -35,9 +35,9 @@ Taus = dict[tuple[int, str, str], list[float]]  # by seed, task and recipe: one 
 
 
 def read_taus(results: Path, family: str, most: int | None = None) -> Taus:
-    """Per-prompt tau of all recipes; of the first ``most`` tokens of each answer, if given."""
+    """Per-prompt tau of all recipes and weights; of the first ``most`` tokens of each answer, if given."""
     found: Taus = {}
-    for path in sorted(results.glob(f"{family}-recipes-seed*-{TERMS[family]}.json")):
+    for path in sorted(results.glob(f"{family}-*-seed*-{TERMS[family]}.json")):
         seed = int(re.findall(r"seed(\d+)", path.name)[0])
         for run in json.loads(path.read_text())["runs"]:
             records = run["prompt_records"]
@@ -66,9 +66,14 @@ def looped(results: Path, family: str) -> dict[str, float]:
     return {recipe: sum(shares) / len(shares) for recipe, shares in found.items()}
 
 
+def seeds_of(taus: Taus, a: str, b: str) -> list[int]:
+    """Seeds that both recipes have."""
+    return sorted({seed for seed, _, recipe in taus if recipe == a} & {seed for seed, _, recipe in taus if recipe == b})
+
+
 def mean_difference(taus: Taus, a: str, b: str, draw: random.Random | None) -> float:
     """Mean over sets of the mean over seeds and prompts of tau(a) - tau(b), prompts resampled if `draw` is given."""
-    chosen = seeds = sorted({seed for seed, _, _ in taus})
+    chosen = seeds = seeds_of(taus, a, b)
     tasks = sorted({task for _, task, _ in taus})
     means = []
     for task in tasks:
@@ -107,7 +112,7 @@ def compare(taus: Taus) -> dict[str, Any]:
 
 def over_seeds(taus: Taus, a: str, b: str) -> dict[str, Any]:
     """The mean difference of every seed, and Student's 95 % interval of their mean where there are several."""
-    seeds = sorted({seed for seed, _, _ in taus})
+    seeds = seeds_of(taus, a, b)
     each = [
         mean_difference({key: value for key, value in taus.items() if key[0] == seed}, a, b, None) for seed in seeds
     ]
@@ -126,7 +131,7 @@ def student(values: Sequence[float]) -> list[float] | None:
 def simulated(results: Path, family: str) -> dict[str, Any]:
     """Tokens per round on held-out answers, the same for all seeds, by recipe and seed; and their differences."""
     found: dict[str, list[float]] = {}
-    for recipe in ("eagle2", "hass", "csra"):
+    for recipe in ("eagle2", "hass", "csra", "weight1"):
         paths = sorted((results / "training").glob(f"{family}-{recipe}-[0-9]/metrics.jsonl"))
         found[recipe] = [[line["tau_sim"] for line in read_metrics(path) if "tau_sim" in line][-1] for path in paths]
     report: dict[str, Any] = {"tau": found}
