@@ -29,19 +29,27 @@ def test_the_first_difference_is_where_two_answers_part(a: list[int], b: list[in
     assert first_difference(a, b) == place
 
 
+def tie(gap: float, noise: float, dtype: torch.dtype, size: float = 20.0) -> bool:
+    return is_tie(Mismatch(3, (1, 2), gap, size), noise, dtype)
+
+
 def test_in_bf16_a_gap_within_the_runs_noise_is_a_tie_and_one_above_is_not() -> None:
-    assert is_tie(0.2, 0.25, torch.bfloat16)
-    assert not is_tie(0.3, 0.25, torch.bfloat16)
+    assert tie(0.2, 0.25, torch.bfloat16)
+    assert not tie(0.3, 0.25, torch.bfloat16)
 
 
-def test_no_noise_excuses_a_gap_above_the_cap() -> None:
-    assert not is_tie(0.6, 10.0, torch.bfloat16)
-    assert not is_tie(0.1, 10.0, torch.float16)
+def test_no_noise_excuses_a_gap_above_four_steps_of_the_precision_there() -> None:
+    assert tie(0.5, 10.0, torch.bfloat16)
+    assert not tie(0.6, 10.0, torch.bfloat16)
+    assert tie(1.0, 10.0, torch.bfloat16, size=39.5)
+    assert not tie(1.1, 10.0, torch.bfloat16, size=39.5)
+    assert tie(0.5, 10.0, torch.bfloat16, size=0.5)
+    assert not tie(0.1, 10.0, torch.float16)
 
 
 def test_in_fp32_only_a_gap_under_a_thousandth_is_a_tie_whatever_the_noise() -> None:
-    assert is_tie(9e-4, 0.0, torch.float32)
-    assert not is_tie(2e-3, 10.0, torch.float32)
+    assert tie(9e-4, 0.0, torch.float32)
+    assert not tie(2e-3, 10.0, torch.float32)
 
 
 def test_logits_twice_as_far_from_fp32_as_the_baselines_are_a_bug_even_with_the_same_tokens() -> None:
@@ -50,13 +58,13 @@ def test_logits_twice_as_far_from_fp32_as_the_baselines_are_a_bug_even_with_the_
 
 
 def test_a_close_gap_is_no_excuse_for_logits_that_are_too_far() -> None:
-    mismatch = Mismatch(3, (1, 2), gap=0.01)
+    mismatch = Mismatch(3, (1, 2), gap=0.01, size=20.0)
     assert judge(mismatch, torch.bfloat16, noise=0.3, distance=0.05, baseline_distance=0.05).verdict == "tie"
     assert judge(mismatch, torch.bfloat16, noise=0.3, distance=0.5, baseline_distance=0.05).verdict == "bug"
 
 
 def test_noise_of_the_judged_run_counts_where_its_logits_are_as_near_to_fp32_as_the_baselines() -> None:
-    mismatch = Mismatch(3, (1, 2), gap=0.4)
+    mismatch = Mismatch(3, (1, 2), gap=0.4, size=20.0)
 
     def verdict(own_noise: float, distance: float) -> str:
         return judge(
@@ -88,6 +96,7 @@ def test_the_gap_is_that_of_the_two_tokens_after_the_common_beginning() -> None:
     logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits[0, -1]
     assert mismatch is not None and mismatch.position == 1 and mismatch.tokens == (8, 10)
     assert mismatch.gap == pytest.approx(abs(float(logits[8] - logits[10])), abs=1e-5)
+    assert mismatch.size == pytest.approx(float(logits[[8, 10]].abs().max()), abs=1e-5)
 
 
 def test_an_answer_that_ends_too_early_is_never_a_tie() -> None:

@@ -62,7 +62,7 @@ class Identity:
             noise, distance = self._against_fp32(ids, record.method)
         verdict = partial(judge, mismatch, dtype, own_noise=noise, distance=distance)
         found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
-        hopeless = not is_tie(mismatch.gap, float("inf"), dtype)
+        hopeless = not is_tie(mismatch, float("inf"), dtype)
         for other in self.prompts:
             if found.verdict != "bug" or hopeless:
                 break

@@ -11,6 +11,7 @@ logits are no farther from fp32 than the baseline's. Anything else is a **bug**.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,8 +23,9 @@ Verdict = Literal["exact", "tie", "bug"]
 Identical = Literal["exact", "ties", "bug"]
 
 FP32_GAP = 1e-3
-# Largest gap that noise may excuse, whatever the run's own noise: fp16 has three more bits than bf16.
-NOISE_CAP = {torch.bfloat16: 0.5, torch.float16: 0.5 / 8}
+# Largest gap that noise may excuse, whatever the run's own noise: so many steps of the working precision at logits of
+# that size, but at least of the size that most models' have. In bf16 that is 0.5 below 32, 1 from there to 64.
+NOISE_STEPS, USUAL_SIZE = 4, 16.0
 # Farther from fp32 than the baseline by this factor is no longer rounding; below the floor it always is.
 DISTANCE_FACTOR = 2.0
 DISTANCE_FLOOR = 1e-3
@@ -76,7 +78,7 @@ def judge(
     if distance is not None and baseline_distance is not None and distance <= baseline_distance:
         noise = max(noise, own_noise)
     if mismatch is not None and not far:
-        verdict = "tie" if is_tie(mismatch.gap, noise, dtype) else "bug"
+        verdict = "tie" if is_tie(mismatch, noise, dtype) else "bug"
     return Judgement(
         verdict,
         position=mismatch.position if mismatch else None,
@@ -88,11 +90,12 @@ def judge(
     )
 
 
-def is_tie(gap: float, noise: float, dtype: torch.dtype) -> bool:
-    """Whether working precision explains an fp32 gap."""
+def is_tie(mismatch: Mismatch, noise: float, dtype: torch.dtype) -> bool:
+    """Whether working precision explains a mismatch's fp32 gap."""
     if dtype == torch.float32:
-        return gap < FP32_GAP
-    return gap <= min(noise, NOISE_CAP[dtype])
+        return mismatch.gap < FP32_GAP
+    step = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(mismatch.size, USUAL_SIZE)))
+    return mismatch.gap <= min(noise, NOISE_STEPS * step)
 
 
 def summarise(verdicts: Iterable[Verdict]) -> Identical:
@@ -103,11 +106,12 @@ def summarise(verdicts: Iterable[Verdict]) -> Identical:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """The first token in which two runs differ, and the fp32 gap of the two tokens there."""
+    """The first token in which two runs differ, the fp32 gap of the two there, and the larger of their logits."""
 
     position: int
     tokens: tuple[int | None, int | None]
     gap: float
+    size: float
 
 
 def find_mismatch(
@@ -123,9 +127,10 @@ def find_mismatch(
     a = baseline[position] if position < len(baseline) else None
     b = other[position] if position < len(other) else None
     if a is None or b is None:
-        return Mismatch(position, (a, b), float("inf"))
+        return Mismatch(position, (a, b), float("inf"), 0.0)
     logits = reference_logits(reference, prompt, [*baseline[:position], a])[-1]
-    return Mismatch(position, (a, b), abs(float(logits[a] - logits[b])))
+    of_a, of_b = float(logits[a]), float(logits[b])
+    return Mismatch(position, (a, b), abs(of_a - of_b), max(abs(of_a), abs(of_b)))
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
