@@ -169,8 +169,9 @@ def _vocabulary(path: Path) -> list[tuple[str, int]]:
     import gguf
 
     fields = gguf.GGUFReader(path).fields
-    pieces, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
-    return list(zip(pieces, types, strict=True))
+    pieces: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    types = fields.get("tokenizer.ggml.token_type")
+    return list(zip(pieces, types.contents() if types else [1] * len(pieces), strict=True))
 
 
 def restore_merges(
@@ -202,7 +203,9 @@ def restore_merges(
         whole = [(piece, kind) for piece, kind in found if kind in _WHOLE and piece.strip(" ")]
         tokenizer.add_tokens([AddedToken(piece, normalized=False, special=kind == _CONTROL) for piece, kind in whole])
     start = header.get("tokenizer.ggml.bos_token_id")
-    if start is not None and header.get("tokenizer.ggml.add_bos_token", True):
+    if start is None or not header.get("tokenizer.ggml.add_bos_token", True):
+        return
+    if tokenizer("a")["input_ids"][:1] != [start]:
         name = tokenizer.convert_ids_to_tokens(start)
         backend.post_processor = processors.TemplateProcessing(
             single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, start)]
