@@ -33,8 +33,9 @@ from expkit.errors import UsageError
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
-SETTINGS = {"aligned": ("eagle2", 3.0, 1), "weight1": ("coral", 1.0, 3), "weight03": ("coral", 0.3, 1)}  # weight, seeds
-WEIGHT = {"smollm2": 3.0, "gemma3": 1.0}  # of the alignment: what short trainings chose; of `settings`, a better one
+# name -> preset, weight of the alignment, seeds
+SETTINGS = {"aligned": ("eagle2", 3.0, 1), "weight1": ("coral", 1.0, 3), "weight03": ("coral", 0.3, 1)}
+WEIGHT = {"smollm2": 3.0, "gemma3": 1.0}  # of the alignment: short trainings chose 3, at full length 1 is better
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
@@ -44,7 +45,8 @@ OWN, OWN_PROMPTS = "own", 14_000  # answers to prompts that the target writes: t
 LONG = 14_000  # steps of the bundled drafter
 # What drafters and heads are compared on: greedily in fp32 they meet the same answers. Gemma is a base model, whose
 # greedy answers soon repeat themselves, so it samples.
-TERMS = {"smollm2": ("--dtype", "fp32"), "gemma3": ("--temperature", "1")}
+GREEDY = ("--dtype", "fp32")
+TERMS = {"smollm2": GREEDY, "gemma3": ("--temperature", "1")}
 
 # what the sweeps try; CSRA: anchor, weight, temperature, in the order in which one line led to the next; 0 is HASS
 CSRA = [
@@ -167,24 +169,25 @@ class Study:
     def acceptance(self, family: str, seed: int) -> Step:
         """All recipes with the full head: tau and acceptance per depth."""
         options = [*self.drafters(family, seed), "--head", "full"]
-        greedy = self.evaluation(family, f"recipes-seed{seed}-t0", *options, *TERMS["smollm2"])
+        greedy = self.evaluation(family, f"recipes-seed{seed}-t0", *options, *GREEDY)
         if family == "smollm2":
             return Step(3, greedy, {})
         return Step(5, {**self.evaluation(family, f"recipes-seed{seed}-t1", *options, *TERMS[family]), **greedy}, {})
 
     def settings(self, family: str) -> list[Step]:
         """CSRA's best weights at full length, and its alignment to the target with EAGLE-2's one step."""
-        commands, evaluations = {}, {}
+        commands, evaluations, keep = {}, {}, {}
         for recipe, (preset, weight, seeds) in SETTINGS.items():
             settings = {"weight": weight, "anchor": "target", "temperature": 0.07}
             flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
             for seed in range(seeds):
                 name = f"{family}-{recipe}-{seed}"
                 commands |= self.training(family, name, preset, seed, "--stages", "drafter", *flags)
+                keep[f"runs/{name}/drafter"] = f"drafters/{name}"
                 if preset == "coral":
                     options = [*self.drafters(family, seed, (recipe,)), "--head", "full", *TERMS[family]]
                     evaluations |= self.evaluation(family, f"{recipe}-seed{seed}-t0", *options)
-        return [*self.batches(commands, 6), *self.batches(evaluations, 1)]
+        return [*self.batches(commands, 6, keep), *self.batches(evaluations, 1)]
 
     def bundled(self, family: str) -> list[Step]:
         """The drafter and router that the package has: more answers, more steps."""
@@ -307,11 +310,11 @@ class Study:
             steps.append(Step(4, {out: options}, {}))
         return steps
 
-    def batches(self, commands: dict[str, list[str]], minutes: float) -> list[Step]:
+    def batches(self, commands: dict[str, list[str]], minutes: float, keep: dict[str, str] | None = None) -> list[Step]:
         """Steps of as many commands as there are GPUs; ``minutes`` is that of one command."""
         every = list(commands.items())
         parts = [every[at : at + len(self.gpus)] for at in range(0, len(every), len(self.gpus))]
-        return [Step(minutes * len(part), dict(part), {}) for part in parts]
+        return [Step(minutes * len(part), dict(part), keep or {}) for part in parts]
 
     def minutes(self, step: Step) -> float:
         """Of a step on these GPUs."""

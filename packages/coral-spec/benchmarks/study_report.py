@@ -96,10 +96,14 @@ def compare(taus: Taus) -> dict[str, Any]:
     }
     differences = {}
     for a, b in PAIRS:
-        if a in means and b in means:
+        if seeds_of(taus, a, b):
             draw = random.Random(SEED)
             samples = sorted(mean_difference(taus, a, b, draw) for _ in range(SAMPLES))
-            base = sum(means[b].values()) / len(means[b])
+            common = seeds_of(taus, a, b)
+            values = [
+                [each for seed in common for each in taus[seed, task, b] if each is not None] for task in means[b]
+            ]
+            base = statistics.fmean(map(statistics.fmean, values))
             middle = mean_difference(taus, a, b, None)
             differences[f"{a} - {b}"] = {
                 "mean": middle,
@@ -130,14 +134,16 @@ def student(values: Sequence[float]) -> list[float] | None:
 
 def simulated(results: Path, family: str) -> dict[str, Any]:
     """Tokens per round on held-out answers, the same for all seeds, by recipe and seed; and their differences."""
-    found: dict[str, list[float]] = {}
+    found: dict[str, dict[int, float]] = {}
     for recipe in ("eagle2", "hass", "csra", "weight1"):
-        paths = sorted((results / "training").glob(f"{family}-{recipe}-[0-9]/metrics.jsonl"))
-        found[recipe] = [[line["tau_sim"] for line in read_metrics(path) if "tau_sim" in line][-1] for path in paths]
+        found[recipe] = {}
+        for path in sorted((results / "training").glob(f"{family}-{recipe}-[0-9]/metrics.jsonl")):
+            scores = [line["tau_sim"] for line in read_metrics(path) if "tau_sim" in line]
+            found[recipe][int(path.parent.name.rsplit("-", 1)[1])] = scores[-1]
     report: dict[str, Any] = {"tau": found}
     for a, b in PAIRS:
-        if found[a] and len(found[a]) == len(found[b]):
-            each = [x - y for x, y in zip(found[a], found[b], strict=True)]
+        each = [found[a][seed] - found[b][seed] for seed in sorted(set(found[a]) & set(found[b]))]
+        if each:
             report[f"{a} - {b}"] = {"mean": statistics.fmean(each), "by_seed": each, "interval_95_seeds": student(each)}
     return report
 

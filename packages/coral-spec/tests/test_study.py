@@ -93,3 +93,12 @@ def test_commands_of_a_step_are_spread_over_gpus_and_one_that_fails_is_told(
     with pytest.raises(SystemExit, match=r"bad\.log:\ngpu 5"):
         study.do(module.Step(1, {"bad": ["bad"], "other": ["good"], "never": ["good"]}, {}))
     assert (tmp_path / "logs/other.log").is_file() and not (tmp_path / "logs/never.log").exists()
+
+
+def test_drafters_of_settings_are_kept_for_their_evaluation(tmp_path: Path) -> None:
+    steps = load_study().Study(tmp_path, None).settings("smollm2")
+    kept = {f"{tmp_path}/keep/{folder}" for step in steps for folder in step.keep.values()}
+    asked = {
+        each.partition("=")[2] for step in steps for out in step.commands.values() for each in values(out, "--draft")
+    }
+    assert asked and asked <= kept

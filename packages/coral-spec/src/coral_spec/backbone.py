@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 # Held by the test suite; any other architecture is compared with its own plain forward when it is first loaded.
 HELD = frozenset({"llama", "qwen2", "qwen3", "mistral", "gemma3_text"})
-# Root mean square difference of logits that rounding may make, as a share of their spread.
+# Difference of logits that rounding may make, as a share of their spread.
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+PROBE_CUT = 9  # of the 16 tokens of a probe
 
 
 class Backbone:
@@ -154,10 +155,10 @@ class Backbone:
         sizes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in self.layers}
         self._cache_sizes = sizes.pop() if len(sizes) == 1 else None
         try:
-            difference = self._difference()
+            difference = of_most(self._differences())
         except Exception as error:
             if kernels.give_up(error):
-                difference = self._difference()
+                difference = of_most(self._differences())
             elif isinstance(error, RuntimeError):  # parts that do not fit together: the model runs as it is
                 difference = float("inf")
             else:
@@ -169,7 +170,7 @@ class Backbone:
         """Refuse an architecture whose cached, tree-masked forward is not its own plain forward."""
         name = f"{self.target.name} ({self.config.model_type})"
         try:
-            difference = self._difference()
+            difference = float(self._differences().square().mean().sqrt())  # nothing is known of it: all count
         except Exception as error:
             raise UsageError(f"{name} cannot verify trees: {type(error).__name__}: {_first_line(error)}") from error
         if not difference < PROBE_TOLERANCE.get(self.target.dtype, 0.1):
@@ -179,23 +180,23 @@ class Backbone:
             )
 
     @torch.inference_mode()
-    def _difference(self) -> float:
-        """How far our logits of a few tokens are from the model's own, in standard deviations.
+    def _differences(self) -> Tensor:
+        """How far our logits are from the model's own at each of a few tokens: see :func:`distances`.
 
-        Of a half of the positions, in the part with an empty cache and in the one behind it, whichever is further:
-        where a text makes little sense some models multiply rounding errors at single positions.
+        The first :data:`PROBE_CUT` of them meet an empty cache, the others what those have left there.
         """
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(0, self.vocab_size, (1, 16), generator=generator)
+        known = min(self.vocab_size, int(getattr(self.embedding, "num_embeddings", self.vocab_size)))
+        ids = torch.randint(0, known, (1, 16), generator=generator)
         start = getattr(self.config, "bos_token_id", None)
-        if isinstance(start, int) and 0 <= start < self.vocab_size:
+        if isinstance(start, int) and 0 <= start < known:
             ids[0, 0] = start
         ids = ids.to(self.target.device)
         plain = self.target.model(input_ids=ids, use_cache=False).logits.float()
         cache = StaticCache(64)
-        parts = [self._chain(ids[:, :9], 0, cache), self._chain(ids[:, 9:], 9, cache)]
+        parts = [self._chain(ids[:, :PROBE_CUT], 0, cache), self._chain(ids[:, PROBE_CUT:], PROBE_CUT, cache)]
         ours = self.head(torch.cat(parts, dim=1)).float()
-        return apart(plain, ours, 9)
+        return distances(plain, ours)
 
     def _chain(self, tokens: Tensor, start: int, cache: StaticCache) -> Tensor:
         length = tokens.shape[1]
@@ -205,11 +206,24 @@ class Backbone:
         return self.forward(tokens, positions, ancestors, lengths, cache, start)
 
 
-def apart(plain: Tensor, ours: Tensor, cut: int) -> float:
-    """The larger of two medians, of the positions before and behind ``cut``: root mean square difference of logits
-    ``(1, positions, vocab)`` in standard deviations of ``plain``; NaN where one of them is."""
-    distances = (plain - ours).square().mean(-1).sqrt()[0] / plain.std()
-    return float(torch.stack([part.median() for part in (distances[:cut], distances[cut:])]).max())
+def distances(plain: Tensor, ours: Tensor) -> Tensor:
+    """Root mean square difference of logits ``(1, positions, vocab)``, in standard deviations of ``plain``.
+
+    Returns:
+        ``(positions,)``.
+    """
+    return (plain - ours).square().mean(-1).sqrt()[0] / plain.std()
+
+
+def of_most(differences: Tensor) -> float:
+    """The larger of two medians, of positions before and behind :data:`PROBE_CUT`; infinite where one is no number.
+
+    Where a text makes little sense, Gemma multiplies rounding errors at single positions.
+    """
+    if not bool(differences.isfinite().all()):
+        return float("inf")
+    parts = differences[:PROBE_CUT], differences[PROBE_CUT:]
+    return float(torch.stack([part.median() for part in parts]).max())
 
 
 @torch.inference_mode()

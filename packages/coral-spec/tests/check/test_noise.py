@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -45,6 +46,12 @@ def test_no_noise_excuses_a_gap_above_four_steps_of_the_precision_there() -> Non
     assert not tie(1.1, 10.0, torch.bfloat16, size=39.5)
     assert tie(0.5, 10.0, torch.bfloat16, size=0.5)
     assert not tie(0.1, 10.0, torch.float16)
+
+
+@pytest.mark.parametrize("size", [math.inf, math.nan])
+def test_what_is_no_number_is_never_a_tie(size: float) -> None:
+    assert not tie(size, 10.0, torch.bfloat16, size)
+    assert not tie(size, 10.0, torch.float32, size)
 
 
 def test_in_fp32_only_a_gap_under_a_thousandth_is_a_tie_whatever_the_noise() -> None:

@@ -3,13 +3,14 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from coral_spec.targets import load_target
-from coral_spec.targets.gguf import known_architectures, restore_merges, settle_tokenizer
+from coral_spec.targets.gguf import _vocabulary, known_architectures, restore_merges, settle_tokenizer
 from coral_spec.targets.load import prepare_gguf
 from expkit.errors import UsageError
 from making import make_gguf
@@ -117,8 +118,8 @@ def test_smollm_cuts_digits_apart_before_anything_else() -> None:
 
 def sentencepiece(merges: list[tuple[str, str]]) -> tuple[PreTrainedTokenizerFast, list[tuple[str, int]]]:
     """A tokenizer as a loader makes it of a vocabulary, and the vocabulary as a GGUF file lists it."""
-    special = {"<pad>": 3, "<bos>": 3, "<unk>": 3, "<turn>": 4}
-    pieces = [*special, "  ", "he", "ll", "hell", "hello", "\u2581", "h", "e", "l", "o"]
+    special = {"<pad>": 3, "<bos>": 3, "<unk>": 3, "<turn>": 4, "<mask>": 3, "  ": 4}
+    pieces = [*special, "he", "ll", "hell", "hello", "hel", "llo", "\u2581", "h", "e", "l", "o"]
     ids = {piece.replace(" ", "\u2581"): index for index, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
@@ -133,12 +134,41 @@ def test_lost_merges_and_special_tokens_are_restored() -> None:
     tokenizer, vocabulary = sentencepiece([])
     assert tokenizer.tokenize("hello") == [*"hello"]
     restore_merges(tokenizer, HEADER, lambda: vocabulary)
-    assert tokenizer.tokenize("hello  <turn> hel") == ["hello", "\u2581\u2581", "<turn>", "\u2581", "he", "l"]
+    assert tokenizer.tokenize("hello  <turn> hel") == ["hello", "\u2581\u2581", "<turn>", "\u2581", "hel"]
     assert tokenizer("hello")["input_ids"] == [1, vocabulary.index(("hello", 1))]
+    assert tokenizer("o", "h")["input_ids"] == [1, 16, 1, 13]
     assert len(tokenizer) == len(vocabulary)
+    ids = tokenizer("hello<turn><mask>")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "hello<turn>"  # control tokens only
 
 
 def test_merges_that_are_there_stay_and_a_file_may_forbid_the_first_token() -> None:
     tokenizer, vocabulary = sentencepiece([("h", "e")])
     restore_merges(tokenizer, {**HEADER, "tokenizer.ggml.add_bos_token": False}, lambda: pytest.fail("was read"))
     assert tokenizer("hello")["input_ids"] == [vocabulary.index((each, 1)) for each in ("he", "l", "l", "o")]
+
+
+def test_a_first_token_that_is_there_stays_with_what_comes_last() -> None:
+    tokenizer, vocabulary = sentencepiece([("h", "e")])
+    ends = processors.TemplateProcessing(single="<bos> $A <turn>", special_tokens=[("<bos>", 1), ("<turn>", 3)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    restore_merges(tokenizer, HEADER, lambda: pytest.fail("was read"))
+    assert tokenizer("he")["input_ids"] == [1, vocabulary.index(("he", 1)), 3]
+
+
+def test_byte_level_vocabularies_are_left_alone() -> None:
+    tokenizer, _ = sentencepiece([])
+    restore_merges(tokenizer, {**HEADER, "tokenizer.ggml.model": "gpt2"}, lambda: pytest.fail("was read"))
+    assert tokenizer("o")["input_ids"] == [tokenizer.convert_tokens_to_ids("o")]
+
+
+@pytest.mark.parametrize("types", [[3, 1, 4], None])
+def test_pieces_come_with_their_types_where_the_file_has_them(tmp_path: Path, types: list[int] | None) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_token_list(["<s>", "a", "  "])
+    if types:
+        writer.add_token_types(types)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert _vocabulary(tmp_path / "a.gguf") == list(zip(["<s>", "a", "  "], types or [1, 1, 1], strict=True))

@@ -92,6 +92,8 @@ def judge(
 
 def is_tie(mismatch: Mismatch, noise: float, dtype: torch.dtype) -> bool:
     """Whether working precision explains a mismatch's fp32 gap."""
+    if not math.isfinite(mismatch.gap):
+        return False
     if dtype == torch.float32:
         return mismatch.gap < FP32_GAP
     step = torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(mismatch.size, USUAL_SIZE)))

@@ -197,8 +197,13 @@ def restore_merges(
         # runs of blanks are spelled as such in the file, all other blanks as sentencepiece spells them
         spelled = [piece if piece.strip(" ") else "\u2581" * len(piece) for piece, _ in found]
         ids = {piece: index for index, piece in enumerate(spelled)}
+        unknown = header.get("tokenizer.ggml.unknown_token_id")
         backend.model = models.BPE(
-            vocab=ids, merges=_merges(spelled, ids), unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True
+            vocab=ids,
+            merges=_merges(spelled, ids),
+            unk_token=tokenizer.unk_token if unknown is None else spelled[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
         )
         whole = [(piece, kind) for piece, kind in found if kind in _WHOLE and piece.strip(" ")]
         tokenizer.add_tokens([AddedToken(piece, normalized=False, special=kind == _CONTROL) for piece, kind in whole])
