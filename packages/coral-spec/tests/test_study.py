@@ -82,7 +82,7 @@ def test_commands_of_a_step_are_spread_over_gpus_and_one_that_fails_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"  # stands in for a training: says which GPU it sees, and fails where it is told to
-    python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\nsleep 0.5\n[ "$3" = good ]\n')
+    python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\n[ "$3" = good ] || exit 1\nsleep 0.5\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     module = load_study()
