@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from coral_spec.sampling import SHORTLIST, Sampling, gumbel_noise
+from coral_spec.tree import Tree, accept
 from expkit.errors import UsageError
 
 
@@ -72,6 +73,26 @@ def test_draws_follow_the_distribution():
     expected = sampling.warp(logits).softmax(-1)[:4].double() * count
     statistic = ((observed - expected) ** 2 / expected).sum()
     assert float(torch.special.gammaincc(torch.tensor(1.5).double(), statistic / 2)) > 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 999), top_p=st.sampled_from([1.0, 0.7]))
+def test_draws_along_the_path_accept_what_draws_everywhere_accept(seed, top_p):
+    generator = torch.Generator().manual_seed(seed)
+    batch, depth, vocab = 5, 3, 8
+    parents = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 5]]).expand(batch, -1)
+    # Siblings differ; with 8 tokens a draw is often among them, also the one at the root that equals the root.
+    tokens = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(batch)])
+    tree = Tree.build(tokens, parents, depth)
+    logits = torch.randn(batch, parents.shape[1], vocab, generator=generator)
+    places, seeds = torch.arange(4).expand(batch, -1), torch.arange(batch) + seed
+    sampling = Sampling(1.0, top_p=top_p)
+    everywhere = accept(tree, sampling.draw(logits, places, tree.depths, seeds), depth)
+    found = accept(tree, sampling.draw_path(logits, places, tree, seeds), depth)
+    assert torch.equal(found.count, everywhere.count)
+    for row, count in enumerate(found.count.tolist()):
+        assert torch.equal(found.emitted[row, :count], everywhere.emitted[row, :count])
+        assert torch.equal(found.path[row, :count], everywhere.path[row, :count])
 
 
 def test_greedy_is_the_arg_max():

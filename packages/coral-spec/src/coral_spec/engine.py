@@ -256,7 +256,11 @@ class Session:
         hidden = self.backbone.forward(tree.tokens, positions, tree.ancestors, lengths, self.cache, filled)
         logits = self.backbone.head(hidden)
         self.watch.lap("target")
-        draws = sampling.draw(logits, lengths[:, None] + 1 + self._levels, tree.depths, seeds)
+        places = lengths[:, None] + 1 + self._levels
+        if self.device.type == "cpu" and depth and not sampling.greedy:
+            draws = sampling.draw_path(logits, places, tree, seeds)
+        else:
+            draws = sampling.draw(logits, places, tree.depths, seeds)
         accepted = accept(tree, draws, depth)
         self._commit(accepted, hidden, filled)
         kept = None

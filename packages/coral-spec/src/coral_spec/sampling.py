@@ -9,12 +9,16 @@ from the target. Source: the Gumbel-max trick; keying it to the position is ours
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from coral_spec import kernels
 from expkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from coral_spec.tree import Tree
 
 SHORTLIST = 2048  # most probable tokens among which a nucleus is looked for first
 # splitmix64's constants (Steele, Lea and Flood, 2014), as signed 64-bit integers.
@@ -79,6 +83,25 @@ class Sampling:
         warped = self.warp(logits)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
         return largest(warped.add_(noise[rows, depths]))
+
+    def draw_path(self, logits: Tensor, positions: Tensor, tree: Tree, seeds: Tensor) -> Tensor:
+        """:meth:`draw` at the nodes of the path that its draws follow, one level after the other; -1 elsewhere.
+
+        On a CPU, which may look at every draw, it spares the noise and the sorting of all other nodes' vocabularies.
+        """
+        draws = torch.full_like(tree.tokens, -1)
+        rows = torch.arange(len(draws), device=draws.device)
+        slots = torch.zeros_like(rows)
+        for level in positions.split(1, dim=1):
+            found = self.draw(logits[rows, slots, None], level[rows], torch.zeros_like(rows[:, None]), seeds[rows])
+            draws[rows, slots] = found[:, 0]
+            children = (tree.parents[rows] == slots[:, None]) & (tree.tokens[rows] == found) & tree.valid[rows]
+            children[:, 0] = False  # the root is its own parent
+            going = children.any(dim=1)
+            rows, slots = rows[going], children[going].int().argmax(dim=1)
+            if not len(rows):
+                break
+        return draws
 
 
 def largest(scores: Tensor) -> Tensor:
