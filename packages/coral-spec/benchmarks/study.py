@@ -42,6 +42,7 @@ SEEDS = 3
 TEMPERATURES = {"t00": 0.0, "t08": 0.8, "t10": 1.0}
 ANSWERS = {"smollm2": ("t00", "t08"), "gemma3": ("t08", "t10")}  # what drafters learn from
 OWN, OWN_PROMPTS = "own", 14_000  # answers to prompts that the target writes: the others hold little conversation
+STEPS = {"smollm2": 6_000, "gemma3": 5_000}  # of the recipes; Gemma's in one lease of two GPUs
 LONG = 14_000  # steps of the bundled drafter
 # What drafters and heads are compared on: greedily in fp32 they meet the same answers. Gemma is a base model, whose
 # greedy answers soon repeat themselves, so it samples.
@@ -65,6 +66,7 @@ GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 
 CHOSEN_GROUPS, CHOSEN_ALWAYS = 128, 4
 SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
 LOW_RANK_SHARES = (0.125, 0.25)
+CPU_HEADS = ("full", "routed", "frequency")
 ROWS = {"smollm2": 49_152, "gemma3": 262_144}
 WIDTH = {"smollm2": 576, "gemma3": 640}
 
@@ -146,7 +148,8 @@ class Study:
         commands = {}
         for recipe, name in names.items():
             weight = ["--set", f"csra.weight={WEIGHT[family]}"] if recipe == "csra" else []
-            commands |= self.training(family, name, RECIPES[recipe], seed, "--stages", "drafter", *weight)
+            steps = ["--stages", "drafter", "--steps", str(STEPS[family])]
+            commands |= self.training(family, name, RECIPES[recipe], seed, *steps, *weight)
         keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
         return Step(16 if family == "smollm2" else 33, commands, keep)
 
@@ -299,15 +302,13 @@ class Study:
         return steps
 
     def cpu(self) -> list[Step]:
-        """Gemma on two cores: the routed head against the full one, same drafter."""
+        """Gemma on two cores with its drafter in this repository: heads with the tree of each, and with the same."""
         steps = []
-        for head in ("full", "routed", "frequency"):
-            out = f"results/gemma3-cpu-{head}.json"
-            methods = "ar," + self.drafters("gemma3", 0, ("coral",))[1]
+        for temperature, tree, head in itertools.product(("0", "1"), ("auto", "2,2,3"), CPU_HEADS):
+            out = f"results/gemma3-cpu-t{temperature}-{tree.replace(',', '')}-{head}.json"
             options = ["bench", "--model", MODELS["gemma3"], "--tasks", "sample", "--limit", "4", "--device", "cpu"]
-            options += ["--methods", methods, "--head", head, "--max-new-tokens", "96", "--json", self.path(out)]
-            options += TERMS["gemma3"]
-            steps.append(Step(4, {out: options}, {}))
+            options += ["--methods", "ar,coral", "--head", head, "--tree", tree, "--max-new-tokens", "96"]
+            steps.append(Step(1, {out: [*options, "--temperature", temperature, "--json", self.path(out)]}, {}))
         return steps
 
     def batches(self, commands: dict[str, list[str]], minutes: float, keep: dict[str, str] | None = None) -> list[Step]:

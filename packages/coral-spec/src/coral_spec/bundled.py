@@ -43,7 +43,13 @@ class Release:
     license: str
 
 
-RELEASED: dict[str, Release] = {}  # by alias
+RELEASED: dict[str, Release] = {  # by alias
+    "gemma3-270m": Release(
+        file="gemma3-270m-drafter-1.zip",
+        digest="1965d3321596d4b547c2d257e57395b29a068fb43dfe0775b0e68f51da0739c5",
+        license="Gemma terms of use",
+    )
+}
 
 
 def folders() -> Iterator[Path]:

@@ -92,8 +92,9 @@ class Sampling:
         draws = torch.full_like(tree.tokens, -1)
         rows = torch.arange(len(draws), device=draws.device)
         slots = torch.zeros_like(rows)
-        for level in positions.split(1, dim=1):
-            found = self.draw(logits[rows, slots, None], level[rows], torch.zeros_like(rows[:, None]), seeds[rows])
+        for level in range(positions.shape[1]):
+            place, root = positions[rows, level, None], torch.zeros_like(rows[:, None])
+            found = self.draw(logits[rows, slots, None], place, root, seeds[rows])
             draws[rows, slots] = found[:, 0]
             children = (tree.parents[rows] == slots[:, None]) & (tree.tokens[rows] == found) & tree.valid[rows]
             children[:, 0] = False  # the root is its own parent

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 def run(
     json: Annotated[Path | None, typer.Option(help="Write the same facts as JSON to this file.")] = None,
-    # hidden until a drafter is released
-    fetch: Annotated[str | None, typer.Option(help="Fetch this alias's drafter from a release.", hidden=True)] = None,
-    url: Annotated[str | None, typer.Option(help="Where the release's files are.", hidden=True)] = None,
+    fetch: Annotated[str | None, typer.Option(help="Fetch this alias's drafter from a release.")] = None,
+    url: Annotated[str | None, typer.Option(help="Where the release's files are.")] = None,
 ) -> None:
     """List the aliases: what they are, where they come from, and whether they are here already."""
     from rich.console import Console
