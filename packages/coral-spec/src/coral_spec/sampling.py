@@ -85,11 +85,11 @@ class Sampling:
         return largest(warped.add_(noise[rows, depths]))
 
     def draw_path(self, logits: Tensor, positions: Tensor, tree: Tree, seeds: Tensor) -> Tensor:
-        """:meth:`draw` at the nodes of the path that its draws follow, one level after the other; -1 elsewhere.
+        """:meth:`draw` at the nodes of the path that its draws follow, one level after the other; 0 at all others.
 
         On a CPU, which may look at every draw, it spares the noise and the sorting of all other nodes' vocabularies.
         """
-        draws = torch.full_like(tree.tokens, -1)
+        draws = torch.zeros_like(tree.tokens)  # a node off the path is not accepted, whatever is drawn at it
         rows = torch.arange(len(draws), device=draws.device)
         slots = torch.zeros_like(rows)
         for level in range(positions.shape[1]):
