@@ -302,10 +302,10 @@ class Study:
         return steps
 
     def cpu(self) -> list[Step]:
-        """Gemma on two cores with its drafter in this repository: heads with the tree of each, and with the same."""
+        """Gemma on two cores with the drafter in this repository: heads with their own and with equal trees, thrice."""
         steps = []
-        for temperature, tree, head in itertools.product(("0", "1"), ("auto", "2,2,3"), CPU_HEADS):
-            out = f"results/gemma3-cpu-t{temperature}-{tree.replace(',', '')}-{head}.json"
+        for number, temperature, tree, head in itertools.product("123", "01", ("auto", "2,2,3"), CPU_HEADS):
+            out = f"results/gemma3-cpu-t{temperature}-{tree.replace(',', '')}-{head}-{number}.json"
             options = ["bench", "--model", MODELS["gemma3"], "--tasks", "sample", "--limit", "4", "--device", "cpu"]
             options += ["--methods", "ar,coral", "--head", head, "--tree", tree, "--max-new-tokens", "96"]
             steps.append(Step(1, {out: [*options, "--temperature", temperature, "--json", self.path(out)]}, {}))

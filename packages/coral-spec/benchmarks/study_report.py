@@ -198,23 +198,26 @@ def trainings(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def save_curve(results: Path, path: Path) -> None:
-    """Simulated tau against tokens through the target, one line for each full training."""
+    """Simulated tau against tokens through the target, one line for each full training, one picture for each model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4.4 * len(TERMS)), layout="constrained")
+    pictures = dict(zip(TERMS, figure.subplots(len(TERMS)), strict=True))
     recipes = ("eagle2", "hass", "csra")
     for folder in sorted((results / "training").glob("*-[0-9]")):
         family, recipe, seed = folder.name.rsplit("-", 2)
         if recipe in recipes:
             lines = [line for line in read_metrics(folder / "metrics.jsonl") if "tau_sim" in line]
             tokens, taus = [line["tokens"] / 1e6 for line in lines], [line["tau_sim"] for line in lines]
-            style = ("-", "--", ":")[int(seed) % 3] if family == "smollm2" else "-."
-            axes.plot(tokens, taus, style, color=f"C{recipes.index(recipe)}", label=f"{family} {recipe}, seed {seed}")
-    axes.set(xlabel="million tokens through the target", ylabel="tokens per round (simulated, held out)")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend(fontsize=7, frameon=False)
+            color, label = f"C{recipes.index(recipe)}", f"{recipe}, seed {seed}"
+            pictures[family].plot(tokens, taus, ("-", "--", ":")[int(seed) % 3], color=color, label=label)
+    for family, axes in pictures.items():
+        axes.set(
+            title=family, xlabel="million tokens through the target", ylabel="tokens per round (simulated, held out)"
+        )
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize=7, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=150)
 

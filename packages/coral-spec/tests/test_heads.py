@@ -194,9 +194,9 @@ def test_small_groups_are_left_to_the_most_frequent_rows(
 
     assert kind() == "frequency"
     with monkeypatch.context() as patch:
-        patch.setattr(choose, "SMALLEST_SLAB", 33 * WIDTH * 4)
+        patch.setattr(choose, "SMALLEST_GROUP", 33 * WIDTH)
         assert kind() == "routed"
-        patch.setattr(choose, "SMALLEST_SLAB", 33 * WIDTH * 4 + 1)
+        patch.setattr(choose, "SMALLEST_GROUP", 33 * WIDTH + 1)
         assert kind() == "frequency"
     (folder / "frequency.safetensors").unlink()
     assert kind() == "routed"  # all rows are the alternative

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,17 +78,19 @@ def test_draws_follow_the_distribution():
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 999), top_p=st.sampled_from([1.0, 0.7]))
-def test_draws_along_the_path_accept_what_draws_everywhere_accept(seed, top_p):
+@given(seed=st.integers(0, 999), sampling=st.sampled_from([Sampling(1.0), Sampling(0.8, 3), Sampling(1.0, 0, 0.7)]))
+def test_draws_along_the_path_accept_what_draws_everywhere_accept(seed, sampling):
     generator = torch.Generator().manual_seed(seed)
     batch, depth, vocab = 5, 3, 8
     parents = torch.tensor([[0, 0, 0, 1, 1, 2, 3, 5]]).expand(batch, -1)
     # Siblings differ; with 8 tokens a draw is often among them, also the one at the root that equals the root.
     tokens = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(batch)])
     tree = Tree.build(tokens, parents, depth)
-    logits = torch.randn(batch, parents.shape[1], vocab, generator=generator)
-    places, seeds = torch.arange(4).expand(batch, -1), torch.arange(batch) + seed
-    sampling = Sampling(1.0, top_p=top_p)
+    valid = torch.rand(parents.shape, generator=generator) < 0.8
+    valid[:, 0] = True
+    tree = replace(tree, valid=valid)
+    logits = torch.randn(batch, parents.shape[1], vocab, generator=generator).bfloat16()
+    places, seeds = torch.arange(4) + 10 * torch.arange(batch)[:, None], torch.arange(batch) + seed
     everywhere = accept(tree, sampling.draw(logits, places, tree.depths, seeds), depth)
     found = accept(tree, sampling.draw_path(logits, places, tree, seeds), depth)
     assert torch.equal(found.count, everywhere.count)

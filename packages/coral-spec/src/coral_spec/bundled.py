@@ -46,7 +46,7 @@ class Release:
 RELEASED: dict[str, Release] = {  # by alias
     "gemma3-270m": Release(
         file="gemma3-270m-drafter-1.zip",
-        digest="1965d3321596d4b547c2d257e57395b29a068fb43dfe0775b0e68f51da0739c5",
+        digest="6a2d3d31da0689520ea9e7aebdfa3bb4cb19b9ea2e7aeebe648653c0e98bcc69",
         license="Gemma terms of use",
     )
 }

@@ -67,7 +67,7 @@ def load(
             a fixed one, which is not measured.
         head: what the drafter proposes from: ``full``, ``frequency`` or a number of the most frequent rows, ``routed``
             or ``routed:GROUPS[,SCORES]``, ``low-rank`` or ``low-rank:RANK``; ``auto`` is the first of routed (with
-            groups of 4 MiB and more), frequency and full that the drafter's folder has the files for.
+            groups of 2 million weights and more), frequency and full that the drafter's folder has the files for.
         max_length: lowers the context length, in tokens.
         attention: transformers' implementation, ``sdpa`` or ``eager``.
 

@@ -1,4 +1,4 @@
-"""One target draw per node, with noise keyed to (seed, position).
+"""One target draw per node that is looked at, with noise keyed to (seed, position).
 
 A draw is the arg-max of the warped logits plus Gumbel noise that depends on the seed, the position of the token and
 its id alone. So a token that is drawn inside a tree is the token that plain decoding draws at that position with
@@ -91,9 +91,12 @@ class Sampling:
     def draw_path(self, logits: Tensor, positions: Tensor, tree: Tree, seeds: Tensor) -> Tensor:
         """:meth:`draw` at the nodes of the path that its draws follow, one level after the other; 0 at all others.
 
+        Siblings differ and the path goes on as far as a draw is a node, so no node that is left out could be accepted,
+        whatever were drawn at it or above.
+
         On a CPU, which may look at every draw, it spares the noise and the sorting of all other nodes' vocabularies.
         """
-        draws = torch.zeros_like(tree.tokens)  # a node off the path is not accepted, whatever is drawn at it
+        draws = torch.zeros_like(tree.tokens)
         rows = torch.arange(len(draws), device=draws.device)
         slots = torch.zeros_like(rows)
         for level in range(positions.shape[1]):

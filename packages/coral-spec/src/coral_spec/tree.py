@@ -252,7 +252,7 @@ def accept(tree: Tree, draws: Tensor, depth: int) -> Acceptance:
 
     Args:
         tree: what was verified.
-        draws: the target's token at every slot, ``(batch, slots)``.
+        draws: the target's token at every slot whose ancestors are accepted, ``(batch, slots)``; any token elsewhere.
         depth: levels of the tree at most.
     """
     if kernels.serve(tree.ancestors):

@@ -24,13 +24,15 @@ def run(
     """List the aliases: what they are, where they come from, and whether they are here already."""
     from rich.console import Console
 
-    from coral_spec.bundled import fetch_drafter
+    from coral_spec.bundled import RELEASED, fetch_drafter
     from coral_spec.targets.aliases import ALIASES
     from coral_spec.targets.home import home_folder
 
     options.require_file_name("json", json, ".json")
     if fetch is not None:
-        Console().print(f"{fetch}: drafter in {fetch_drafter(fetch, url)}", soft_wrap=True, highlight=False)
+        folder = fetch_drafter(fetch, url)
+        said = f"{fetch}: drafter in {folder}, terms: {RELEASED[fetch].license}"
+        Console().print(said, soft_wrap=True, highlight=False)
     elif url is not None:
         raise UsageError("--url says where --fetch is to look; give both")
     rows = [describe(alias) for alias in ALIASES.values()]

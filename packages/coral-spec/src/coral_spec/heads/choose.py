@@ -6,8 +6,6 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from coral_spec.backbone import Backbone
 from coral_spec.drafter import Drafter, load_ranking
 from coral_spec.grouping import FILE as GROUPING
@@ -29,7 +27,7 @@ NEEDED = (
 FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 FEWEST_ROWS = 64
 WORTH_ROUTING = 0.1  # share of a draft step's weights that a router must spare
-SMALLEST_SLAB = 2**22  # bytes of a group: with smaller ones (measured: 0.4 and 2.6 MB) a static head was faster
+SMALLEST_GROUP = 2**21  # weights: with 0.2 and 1.3 million of them (all that was measured) a static head was faster
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     if kind == "auto":
         kind = "full" if ranking is None else "frequency"
         routable = (folder / ROUTER).is_file() and (folder / GROUPING).is_file()
-        if routable and (ranking is None or _slab_bytes(backbone, folder) >= SMALLEST_SLAB):
+        if routable and (ranking is None or _group_weights(backbone, folder) >= SMALLEST_GROUP):
             kind = "routed"
     if kind == "full":
         return FullHead(backbone)
@@ -106,10 +104,9 @@ def make_head(backbone: Backbone, folder: Path, choice: HeadChoice, drafter: Dra
     return RoutedHead(backbone, routing)
 
 
-def _slab_bytes(backbone: Backbone, folder: Path) -> int:
+def _group_weights(backbone: Backbone, folder: Path) -> int:
     """Of one group of head rows."""
-    weight: Tensor = backbone.output.weight
-    return Grouping.load(folder, backbone.vocab_size).rows * backbone.hidden_size * weight.itemsize
+    return Grouping.load(folder, backbone.vocab_size).rows * backbone.hidden_size
 
 
 def _factors(backbone: Backbone, folder: Path, rank: int | None) -> LowRankFactors:
