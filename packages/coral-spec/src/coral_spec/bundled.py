@@ -46,7 +46,7 @@ class Release:
 RELEASED: dict[str, Release] = {  # by alias
     "gemma3-270m": Release(
         file="gemma3-270m-drafter-1.zip",
-        digest="6a2d3d31da0689520ea9e7aebdfa3bb4cb19b9ea2e7aeebe648653c0e98bcc69",
+        digest="5c00bac6a87e410b38f1a575dd3a46d9d692a1daf894076ead31c50fda44856f",
         license="Gemma terms of use",
     )
 }
