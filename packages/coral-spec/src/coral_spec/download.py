@@ -32,16 +32,16 @@ def download(url: str, path: Path, *, verify: Callable[[Path], None], what: str,
     console().print(f"fetching {what} from {url}", highlight=False, soft_wrap=True)
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as answer, atomic_path(path) as aside:
-            _copy(answer, aside, int(answer.headers.get("Content-Length") or 0))
+            _copy(answer, aside, int(answer.headers.get("Content-Length") or 0), path.name)
             verify(aside)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(f"cannot fetch {url} ({reason}); put a copy of that file at {brought or path}") from error
 
 
-def _copy(answer: BinaryIO, path: Path, total: int) -> None:
+def _copy(answer: BinaryIO, path: Path, total: int, name: str) -> None:
     with progress() as bar, path.open("wb") as file:
-        task = bar.add_task(path.name, total=total or None)
+        task = bar.add_task(name, total=total or None)
         while chunk := answer.read(_CHUNK):
             file.write(chunk)
             bar.update(task, advance=len(chunk))
