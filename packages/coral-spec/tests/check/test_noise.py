@@ -12,6 +12,7 @@ from coral_spec.check.noise import (
     Mismatch,
     find_mismatch,
     first_difference,
+    forward_distance,
     is_tie,
     judge,
     logit_distance,
@@ -123,6 +124,20 @@ def test_distance_is_the_largest_root_mean_square_of_any_position_but_the_prefil
     working = torch.tensor([[9.0] * 4, [0.1] * 4, [0.2, -0.2, 0.2, -0.2]])
     assert logit_distance(working, exact) == pytest.approx(0.2)
     assert logit_distance(working[:1], exact[:1]) == 0.0
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("count", [1, 40])
+def test_the_forward_in_pieces_is_the_model_and_differs_from_fp32_by_rounding_alone(
+    architecture: str, count: int
+) -> None:
+    prompt, ids = list(range(20, 40)), [(7 * place) % 250 + 3 for place in range(count)]
+    exact = tiny_target(architecture).model
+    half = copy.deepcopy(exact).bfloat16()
+    assert forward_distance(exact, exact, prompt, ids) < 1e-4
+    rounding = forward_distance(half, reference_model(half), prompt, ids)
+    whole = logit_distance(reference_logits(half, prompt, ids), reference_logits(reference_model(half), prompt, ids))
+    assert (0 < whole < 3 * rounding < 30 * whole) if count > 1 else rounding == 0.0
 
 
 def test_the_reference_of_an_fp32_model_is_itself_and_of_another_an_upcast_copy() -> None:

@@ -18,6 +18,8 @@ from coral_spec.check.noise import (
     Judgement,
     find_mismatch,
     first_difference,
+    forward_distance,
+    is_far,
     is_tie,
     judge,
     logit_distance,
@@ -68,6 +70,9 @@ class Identity:
                 break
             self._measure_noise(other)
             found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
+        if is_far(distance, self.baseline_distance) and not hopeless:
+            own = forward_distance(self.bench.model.target.model, self.bench.reference, ids, record.ids)
+            found = verdict(noise=self.noise, baseline_distance=max(self.baseline_distance, own))
         return found
 
     def _measure_noise(self, prompt: Prompt) -> None:
