@@ -79,6 +79,10 @@ class Sampling:
         """
         if self.greedy:
             return largest(logits)
+        if kernels.serve(logits):
+            if self.top_k or self.top_p < 1.0:
+                return kernels.draw(self.warp(logits), depths, positions, seeds, 1.0)
+            return kernels.draw(logits, depths, positions, seeds, self.temperature)
         noise = gumbel_noise(seeds, positions, logits.shape[-1])
         warped = self.warp(logits)
         rows = torch.arange(logits.shape[0], device=logits.device)[:, None]

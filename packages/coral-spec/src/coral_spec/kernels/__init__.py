@@ -161,6 +161,14 @@ def largest(logits: Tensor) -> Tensor:
     return launch(logits[0].contiguous())[None]
 
 
+def draw(logits: Tensor, depths: Tensor, positions: Tensor, seeds: Tensor, temperature: float) -> Tensor:
+    """Sampled tokens ``(1, nodes)``: see `coral_spec.kernels.gumbel.draw`."""
+    from coral_spec.kernels.gumbel import draw as launch
+
+    rows = logits[0].contiguous(), depths[0].contiguous(), positions[0].contiguous()
+    return launch(*rows, seeds, temperature)[None]
+
+
 def commit(addresses: Tensor, like: Tensor, lengths: Tensor, path: Tensor) -> None:
     """Commit ``path (count,)`` in all buffers: see `coral_spec.kernels.slots.move`."""
     from coral_spec.kernels.slots import move as launch

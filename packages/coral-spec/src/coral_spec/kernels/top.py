@@ -120,12 +120,18 @@ def largest(logits: Tensor) -> Tensor:
     rows, vocab = logits.shape
     chunks = triton.cdiv(vocab, CHUNK)
     keys = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     launch = early(logits.device)
     _chunk_kernel[(chunks, rows)](logits, keys, None, vocab, chunks, K=1, CHUNK=CHUNK, num_warps=4, **launch)
+    return join_largest(keys)
+
+
+def join_largest(keys: Tensor) -> Tensor:
+    """Index in the largest of every row's keys ``(rows, chunks)``: int64 ``(rows,)``."""
+    rows, chunks = keys.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=keys.device)
     _join_kernel[(rows,)](
         keys, None, None, None, tokens, chunks, 1,
         K=1, BLOCK=triton.next_power_of_2(chunks), BLOCK_C=triton.next_power_of_2(chunks), IDS=False, num_warps=1,
-        **launch,
+        **early(keys.device),
     )  # fmt: skip
     return tokens
