@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -16,6 +18,8 @@ from pden.training.trainer import Trainer
 from tiny_domains import finish, tiny_config, tiny_domain, weights
 
 CUDA = torch.device("cuda")
+# PyTorch reads it at the first product of matrices of a process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def make_trainer(dtype: torch.dtype = torch.float32, **changes) -> Trainer:
@@ -40,10 +44,14 @@ def test_baselines_run_on_the_device(method):
     assert torch.isfinite(weights(run)).all()
 
 
+@pytest.mark.gpu
+def test_sgd_meets_the_projection_heads_first_gradient_in_a_round():
+    finish(make_trainer(torch.bfloat16, optimizer__kind="sgd", optimizer__momentum=0.9))
+
+
 @pytest.fixture
-def deterministic(monkeypatch: pytest.MonkeyPatch):
+def deterministic():
     """Operations that repeat to the bit, where there are such; sampling at points of a grid has none on a GPU."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

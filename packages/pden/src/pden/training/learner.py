@@ -24,19 +24,18 @@ class Learner:
     def __init__(self, module: nn.Module, settings: OptimizerConfig, world: World) -> None:
         self.module, self.settings, self.world = module, settings, world
         self.parameters = [each for each in module.parameters() if each.requires_grad]
-        fused = self.parameters[0].device.type == "cuda"
         if settings.kind == "adam":
+            fused = self.parameters[0].device.type == "cuda"
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
             )
-        else:
+        else:  # not fused: that fails when a parameter has its first gradient after others, as the projection head does
             self.optimizer = torch.optim.SGD(
                 self.parameters,
                 lr=settings.lr,
                 momentum=settings.momentum,
                 weight_decay=settings.weight_decay,
                 nesterov=settings.momentum > 0,
-                fused=fused,
             )
 
     def update(self, loss: Tensor, progress: float = 0.0) -> None:

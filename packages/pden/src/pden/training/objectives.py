@@ -52,7 +52,8 @@ def generator_loss(
         if weights.adversarial:
             with torch.no_grad():
                 own = task.full(images).embeddings
-            parts["adversarial"] = adversarial_contrast(seen.embeddings, own, weights.temperature)
+            with torch.autocast(images.device.type, enabled=False):  # similarities in fp32
+                parts["adversarial"] = adversarial_contrast(seen.embeddings, own, weights.temperature)
             total = total + weights.adversarial * parts["adversarial"]
     if weights.cycle:
         parts["cycle"] = cycle_loss(expansion.reverse(draws[0]), images)

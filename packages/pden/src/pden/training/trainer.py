@@ -171,7 +171,7 @@ class Trainer:
         with autocast(self.device, self.dtype):
             views = make_views(images, self.expansion.generator, earlier, stream.torch, mix=config.loss.mix)
             output = forward_views(self.task, views, config.model.batch_norm)
-            total, parts = task_loss(output, labels, config.loss)
+        total, parts = task_loss(output, labels, config.loss)  # fp32, similarities too
         self._update_task(total, self._progress(), **parts)
 
     def _update_task(self, total: Tensor, progress: float, **parts: Tensor) -> None:
