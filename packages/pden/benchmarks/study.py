@@ -1,28 +1,22 @@
 """The study, on all GPUs of a machine, in leases of about 24 minutes on machines that are bare at their start.
 
-    python packages/pden/benchmarks/study.py plan --out OUT
-    python packages/pden/benchmarks/study.py next --data-dir DATA --work WORK --out OUT --minutes 9
+    python packages/pden/benchmarks/study.py plan --gpus 2 --out OUT
+    python packages/pden/benchmarks/study.py run --gpus 2 --data-dir DATA --work WORK --out OUT
     python packages/pden/benchmarks/study.py report --out OUT --to packages/pden/results
 
-`plan` prints what is left, cut into leases, with estimates. `next` does the first of these leases, several trainings
-side by side; where one command may not run for long, repeat it on the same machine: trainings go on from their
-checkpoints in WORK, which is large and stays there. OUT is small (figures and pictures, a few MiB in all), and all
-that a later lease needs: what has its figures there is not run again.
+`run` gives every GPU `--side` trainings at a time and begins none that would not end within `--lease` minutes of the
+first `run` on this machine. Where a command may not last so long, start it in the background, or repeat it with
+`--minutes 9`: trainings go on from their checkpoints in WORK, which is large and stays there (best in memory, as
+/dev/shm). OUT is small (figures and pictures, a few MiB in all), and all that a later lease needs: what has its figures
+there is not run again, nor is a training that has failed (`failed.json` beside where its figures would be).
 
-Trainings are spread over `--gpus` GPUs (all that are visible), `--side` of them on each; `speed` and `alone` take one
-GPU, as they measure it. With 4 GPUs and 24 minutes of work in a lease the whole study is foreseen to take three leases,
-of this command each (or of it with `--minutes 9`, repeated, where a command may not run for longer than 10 minutes):
-
-    python packages/pden/benchmarks/study.py next --gpus 4 --lease 24 --minutes 24 --data-dir DATA --work WORK --out OUT
-
-Parts, in order: `speed` (milliseconds a step of the digits methods, alone and side by side, which later plans use),
-`alone` (one full run by itself: minutes and memory), `choice` (settings of PDEN on seeds of their own, no target
-loaded), `paper` and `ours` (PDEN on digits, 5 seeds each), `baselines` (ERM, RandConv, ME-ADA, AugMix, 5 seeds each),
-`ablation` (each loss left out, each kind of generator, K = 10, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to
-recomputed CIFAR-10-C, level 5, with the paper's losses). `run PART` does one of them.
+Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
+`choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
+ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each kind of generator, K = 10, 2 seeds; it decides
+nothing), `cifar` (CIFAR-10 to recomputed CIFAR-10-C, level 5, with the paper's losses). `run PART ...` does some.
 
 `ours` is what `choice` comes to by a rule that reads held-out source images in disguise alone (`study_jobs.choose`).
-It is written to OUT/chosen.json when the last training of `choice` is done, and `ours` does not start before.
+It is written to OUT/chosen.json when the last training of `choice` is done, and `ours` does not begin before.
 """
 
 from __future__ import annotations
@@ -47,182 +41,205 @@ from pden.evaluation import table
 from pden.evaluation.chart import save_bars
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from study_jobs import PARTS, Job, choose, jobs_of, leases, speeds
+from study_jobs import ABLATION_ROUNDS, PARTS, SEEDS, WHOLE, Estimates, Job, choose, jobs_of, leases, next_job, queue
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def result_of(job: Job, out: Path) -> Path:
-    """Where the figures of a training lie once it is done."""
-    return out / job.part / job.name / "result.json"
+class Study:
+    """Trainings and where their figures lie.
 
+    Args:
+        arguments: of the command line.
+    """
 
-def waiting(out: Path) -> dict[str, list[Job]]:
-    """What has no figures yet, by part."""
-    found = {}
-    for part in PARTS:
-        if part == "speed" and (out / "speed.json").is_file():
-            continue
-        found[part] = [job for job in jobs_of(part, chosen(out)) if not result_of(job, out).is_file()]
-    return {part: jobs for part, jobs in found.items() if jobs}
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out
+        self.running: dict[Job, tuple[str, subprocess.Popen[bytes]]] = {}
 
+    def file(self, job: Job, name: str = "result.json") -> Path:
+        """A small file of a training that has ended."""
+        return self.out / job.part / job.name / name
 
-def chosen(out: Path) -> list[str]:
-    """The settings of `ours`; none before they are chosen."""
-    file = out / "chosen.json"
-    return list(json.loads(file.read_text(encoding="utf-8"))["settings"]) if file.is_file() else []
+    def has(self, job: Job, name: str = "result.json") -> bool:
+        return self.file(job, name).is_file()
 
+    def read(self, job: Job) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.file(job).read_text(encoding="utf-8"))
+        return found
 
-def plan(arguments: argparse.Namespace) -> int:
-    """Print the leases that are left."""
-    speed = speeds(arguments.out)
-    measured = "measured" if (arguments.out / "speed.json").is_file() else "foreseen, none measured yet"
-    gpus = f"{arguments.side} side by side on each GPU, GPUs: {arguments.gpus}"
-    print(f"speeds: {measured}; {gpus}; leases of {arguments.lease:g} minutes of work")
-    todo = leases(waiting(arguments.out), speed, arguments.side, arguments.lease, arguments.gpus)
-    for number, lease in enumerate(todo, start=1):
-        print(f"lease {number}: {sum(each for _, each in lease):.0f} minutes")
-        for jobs, estimate in lease:
-            print(f"  {estimate:5.1f}  {jobs[0].part}: {', '.join(job.name for job in jobs)}")
-    total = sum(each for lease in todo for _, each in lease)
-    print(f"{len(todo)} leases, {total:.0f} minutes" if todo else "nothing is left; see `report`")
-    return 0
+    @property
+    def chosen(self) -> list[str] | None:
+        """The settings of `ours`; None before they are chosen."""
+        file = self.out / "chosen.json"
+        return list(json.loads(file.read_text(encoding="utf-8"))["settings"]) if file.is_file() else None
 
+    @property
+    def todo(self) -> list[Job]:
+        """What has neither figures nor failed nor is running; what was begun on this machine comes first."""
+        parts = getattr(self.arguments, "parts", None) or PARTS
+        jobs = [job for job in queue(self.chosen or ()) if job.part in parts and job not in self.running]
+        jobs = [job for job in jobs if not (self.has(job) or self.has(job, "failed.json"))]
+        return sorted(jobs, key=lambda job: not self.begun(job))
 
-def command(job: Job, arguments: argparse.Namespace) -> list[str]:
-    """The training as a process of its own."""
-    runs = arguments.work / job.part
-    words: list[object] = [sys.executable, "-m", "pden", "train", "--config", CONFIGS / f"{job.config}.toml"]
-    words += ["--name", job.name, "--seed", job.seed, "--runs", runs, "--data-dir", arguments.data_dir, *job.flags]
-    for setting in arguments.set or []:
-        words += ["--set", setting]
-    return [str(each) for each in words] + (["--resume"] if (runs / job.name / "config.toml").is_file() else [])
+    @property
+    def estimates(self) -> Estimates:
+        done = [job for job in queue(self.chosen or ()) if self.has(job)]
+        return Estimates(self.arguments.side, {job: self.read(job) for job in done})
 
+    def folder(self, job: Job) -> Path:
+        """Of the run."""
+        return Path(self.arguments.work) / job.part / job.name
 
-def train(jobs: Sequence[Job], arguments: argparse.Namespace, side: int, gpus: int, deadline: float) -> int:
-    """Trainings, `side` at a time on each GPU, until they are done or time is over; the number that are not done."""
-    open_jobs = [job for job in jobs if not result_of(job, arguments.out).is_file()]
-    running: list[tuple[Job, str, subprocess.Popen[bytes]]] = []
-    undone = 0
-    visible = visible_gpus(gpus)
-    try:
-        while (open_jobs or running) and time.monotonic() < deadline:
-            while open_jobs and len(running) < side * len(visible):
-                job = open_jobs.pop(0)
-                gpu = min(visible, key=[used for _, used, _ in running].count)
-                environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu}
-                (arguments.work / job.part).mkdir(parents=True, exist_ok=True)
-                with (arguments.work / job.part / f"{job.name}.log").open("ab") as log:
-                    process = subprocess.Popen(command(job, arguments), stdout=log, stderr=log, env=environment)
-                running.append((job, gpu, process))
-            for job, gpu, process in [each for each in running if each[2].poll() is not None]:
-                running.remove((job, gpu, process))
-                undone += not collect(job, process.returncode, arguments)
-            time.sleep(0.2)
-    finally:
-        for _, _, process in running:  # all before the first wait: each takes a moment to leave its GPU
-            process.terminate()
-        for job, _, process in running:
-            process.wait()
-            print(f"{job.part}, {job.name}: stopped, time is over; repeat the command on this machine", flush=True)
-    return undone + len(open_jobs) + len(running)
+    def begun(self, job: Job) -> bool:
+        work = getattr(self.arguments, "work", None)
+        return work is not None and (self.folder(job) / "config.toml").is_file()
 
+    def plan(self) -> None:
+        """Print the leases that are left."""
+        arguments, estimates = self.arguments, self.estimates
+        names = [str(each) for each in range(arguments.gpus)]
+        print(
+            f"{arguments.side} side by side on each GPU, GPUs: {arguments.gpus}; leases of {arguments.lease:g} minutes"
+        )
+        planned = leases(self.todo, estimates, names, arguments.lease)
+        for number, lease in enumerate(planned, start=1):
+            print(f"lease {number}: {max(end for *_, end in lease):.0f} minutes")
+            for job, gpu, begin, end in lease:
+                print(f"  GPU {gpu} {begin:5.1f} to {end:5.1f}  {job.part}: {job.name}")
+        print(f"{len(planned)} leases" if planned else "nothing is left; see `report`")
 
-def collect(job: Job, code: int, arguments: argparse.Namespace) -> bool:
-    """Keep what is small of a training that has ended; whether it went well."""
-    run = arguments.work / job.part / job.name
-    if code:
-        log = (run.parent / f"{job.name}.log").read_text(encoding="utf-8")
-        print(f"{job.part}, {job.name}: exit code {code}\n{log[-1500:]}", flush=True)
-        return False
-    out = result_of(job, arguments.out).parent
-    out.mkdir(parents=True, exist_ok=True)
-    pictures = ("curve.png", "gallery.png") if job.seed in (0, 100) else ()  # of one seed: OUT is to be small
-    for name in (*pictures, "result.json"):  # the last one says that all are there
-        if (run / name).is_file():
-            shutil.copyfile(run / name, out / name)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    print(f"{job.part}, {job.name}: done", flush=True)
-    return True
+    def run(self) -> int:
+        """Trainings until all is done or time is over; the exit code is 1 while something is left."""
+        arguments = self.arguments
+        lease_ends = began_on(arguments.work) + 60 * arguments.lease
+        deadline = min(time.time() + 60 * arguments.minutes, lease_ends)
+        gpus, estimates, failed = visible_gpus(arguments.gpus), self.estimates, 0
 
+        def may_begin(job: Job) -> bool:
+            if job.part == "ours" and self.chosen is None:
+                return False
+            return self.begun(job) or time.time() + 60 * estimates.minutes(job) <= lease_ends
 
-def do(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> int:
-    """Trainings of one part and what follows from them; the number that are not done."""
-    part = jobs[0].part
-    if part == "ours" and not (arguments.out / "chosen.json").is_file():
-        print("ours: nothing is chosen yet; finish the part choice", flush=True)
-        return len(jobs)
-    if part == "speed":
-        return measure_speed(jobs, arguments, deadline)
-    side, gpus = (1, 1) if part == "alone" else (arguments.side, arguments.gpus)
-    undone = train(jobs, arguments, side, gpus, deadline)
-    if part == "choice" and not any(not result_of(job, arguments.out).is_file() for job in jobs_of(part)):
-        results = [json.loads(result_of(job, arguments.out).read_text(encoding="utf-8")) for job in jobs_of(part)]
-        found = choose(results)
-        write_json(arguments.out / "chosen.json", {**evidence(), **found})
+        try:
+            while time.time() < deadline:
+                for job in [job for job, (_, process) in self.running.items() if process.poll() is not None]:
+                    failed += not self.collect(job)
+                    estimates = self.estimates
+                self.settle_choice()
+                running = [(job, gpu) for job, (gpu, _) in self.running.items()]
+                found = next_job(self.todo, running, arguments.side, gpus, may_begin)
+                if found is not None:
+                    self.start(*found)
+                elif self.running:
+                    time.sleep(0.3)
+                else:
+                    break
+        finally:
+            for _, process in self.running.values():  # all before the first wait: each takes a moment to leave its GPU
+                process.terminate()
+            for job, (_, process) in self.running.items():
+                process.wait()
+                print(f"{job.part}, {job.name}: stopped, time is over", flush=True)
+            self.running = {}
+        left = self.todo
+        print(f"{len(left)} trainings are left, {failed} have failed" if left or failed else "done", flush=True)
+        return int(bool(left or failed))
+
+    def start(self, job: Job, gpu: str) -> None:
+        """A training as a process of its own."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": gpu}
+        log = self.folder(job).with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as file:
+            process = subprocess.Popen(self.command(job), stdout=file, stderr=file, env=environment)
+        self.running[job] = gpu, process
+
+    def command(self, job: Job) -> list[str]:
+        """Of a training."""
+        arguments, runs = self.arguments, self.folder(job).parent
+        words: list[object] = [sys.executable, "-m", "pden", "train", "--config", CONFIGS / f"{job.config}.toml"]
+        words += ["--name", job.name, "--seed", job.seed, "--runs", runs, "--data-dir", arguments.data_dir, *job.flags]
+        for setting in arguments.set or []:
+            words += ["--set", setting]
+        return [str(each) for each in words] + (["--resume"] if self.begun(job) else [])
+
+    def collect(self, job: Job) -> bool:
+        """Keep what is small of a training that has ended; whether it went well."""
+        (_, process), run = self.running.pop(job), self.folder(job)
+        out = self.file(job).parent
+        out.mkdir(parents=True, exist_ok=True)
+        if process.returncode:
+            last = run.with_suffix(".log").read_text(encoding="utf-8")[-1500:]
+            write_json(out / "failed.json", {"exit_code": process.returncode, "log": last})
+            print(f"{job.part}, {job.name}: exit code {process.returncode}\n{last}", flush=True)
+            return False
+        pictures = ("curve.png", "gallery.png") if job.seed in (0, 100) else ()  # of one seed: OUT is to be small
+        for name in (*pictures, "result.json"):  # the last one says that all are there
+            if (run / name).is_file():
+                shutil.copyfile(run / name, out / name)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+        print(f"{job.part}, {job.name}: done", flush=True)
+        return True
+
+    def settle_choice(self) -> None:
+        """Write what `ours` is when the last training of the choice has ended."""
+        if self.chosen is not None:
+            return
+        jobs = jobs_of("choice")
+        done, failed = ([job for job in jobs if self.has(job, name)] for name in ("result.json", "failed.json"))
+        if len(done) + len(failed) < len(jobs):
+            return
+        found = choose([self.read(job) for job in done], [job.name for job in failed])
+        write_json(self.out / "chosen.json", {**evidence(), **found})
         print(f"chosen: {found['chosen']} ({100 * found['means'][found['chosen']]:.2f} % in disguise)", flush=True)
-    return undone
 
 
-def measure_speed(jobs: Sequence[Job], arguments: argparse.Namespace, deadline: float) -> int:
-    """Short trainings of every kind on one GPU, alone and then side by side, into OUT/speed.json."""
-    from dataclasses import replace
-
-    record, kinds = evidence(), {}
-    for job in jobs:
-        one = replace(job, label=f"{job.label}-alone")
-        many = [replace(job, label=f"{job.label}-shared", seed=seed) for seed in range(arguments.side)]
-        if train([one], arguments, 1, 1, deadline) or train(many, arguments, arguments.side, 1, deadline):
-            return 1
-        times = [_milliseconds(each, arguments.out) for each in (one, *many)]
-        shared = sum(times[1:]) / len(times[1:]) / arguments.side
-        kinds[job.kind] = {"alone": times[0], "shared": shared}
-        print(f"{job.kind}: {times[0]:.2f} ms a step alone, {shared:.2f} ms of the GPU", flush=True)
-    write_json(arguments.out / "speed.json", {**record, "side": arguments.side, "kinds": kinds})
-    return 0
+def began_on(work: Path) -> float:
+    """When the first `run` on this machine began."""
+    file = work / "began.json"
+    if not file.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(file, time.time())
+    return float(json.loads(file.read_text(encoding="utf-8")))
 
 
-def _milliseconds(job: Job, out: Path) -> float:
-    found: float = json.loads(result_of(job, out).read_text(encoding="utf-8"))["steps_per_second"]
-    return 1000 / found
-
-
-def proceed(arguments: argparse.Namespace) -> int:
-    """`next`: the first lease of the plan; `run`: one part. The exit code is 1 while something is left of it."""
-    deadline = time.monotonic() + 60 * arguments.minutes
-    todo = waiting(arguments.out)
-    if arguments.action == "run":
-        batches = [todo.get(arguments.part, [])]
-    else:
-        plan(arguments)
-        cut = leases(todo, speeds(arguments.out), arguments.side, arguments.lease, arguments.gpus)
-        batches = [jobs for jobs, _ in cut[0]] if cut else []
-    undone = 0
-    for jobs in batches:
-        if jobs and jobs[0].part == "ours":  # the choice may have been made a moment ago
-            names = {job.name for job in jobs}
-            jobs = [job for job in jobs_of("ours", chosen(arguments.out)) if job.name in names]
-        undone += do(jobs, arguments, deadline) if jobs else 0
-    print(f"{undone} trainings are left of this lease" if undone else "done", flush=True)
-    return int(undone > 0)
-
-
-def report(arguments: argparse.Namespace) -> int:
+def report(study: Study, to: Path) -> None:
     """One JSON file for each part that has figures; where it has targets, a table and a chart too."""
     record = evidence()
     for part in PARTS:
-        files = sorted((arguments.out / part).glob("*/result.json"))
-        runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        if not runs or part == "speed":
+        jobs = [job for job in jobs_of(part) if study.has(job)]
+        runs = [study.read(job) for job in jobs]
+        if not runs:
             continue
+        if part == "ablation":
+            whole = [job for job in jobs_of("paper") if job.seed in SEEDS[:2] and study.has(job)]
+            runs = [*(after_round(study.read(job), ABLATION_ROUNDS) for job in whole), *runs]
+        if part == "cifar":
+            runs = [over_corruptions(each) for each in runs]
         found: dict[str, Any] = {**record, "runs": [trimmed(each) for each in runs]}
         if all("targets" in each["selections"]["last"] for each in runs):
-            found["selections"] = summaries(part, runs, arguments.to)
-        write_json(arguments.to / f"{part}.json", found)
-    for name in ("speed.json", "chosen.json"):
-        if (arguments.out / name).is_file():
-            shutil.copyfile(arguments.out / name, arguments.to / name)
-    return 0
+            found["selections"] = summaries(part, runs, to)
+        write_json(to / f"{part}.json", found)
+    if (study.out / "chosen.json").is_file():
+        shutil.copyfile(study.out / "chosen.json", to / "chosen.json")
+
+
+def after_round(result: dict[str, Any], number: int) -> dict[str, Any]:
+    """A longer run as it was after so many rounds, which is what a run of that length would have been."""
+    entry = next(each for each in result["history"] if each["round"] == number)
+    selections = {name: {**entry[name], "round": number} for name in ("last", "averaged") if name in entry}
+    return {**result, "name": f"{WHOLE}-seed{result['seed']}", "selections": selections}
+
+
+def over_corruptions(result: dict[str, Any]) -> dict[str, Any]:
+    """The average without the clean images, as it is published."""
+    selections = {}
+    for name, figures in result["selections"].items():
+        rows = {target: value for target, value in figures["targets"].items() if target != "cifar10-test"}
+        selections[name] = {**figures, "average": sum(rows.values()) / len(rows)}
+    return {**result, "selections": selections}
 
 
 def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, Any]:
@@ -257,7 +274,7 @@ def trimmed(result: dict[str, Any]) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    for action in ("plan", "next", "run", "report"):
+    for action in ("plan", "run", "report"):
         one = actions.add_parser(action)
         one.add_argument("--out", type=Path, required=True, help="small folder that later leases need")
         if action == "report":
@@ -265,23 +282,31 @@ def main() -> int:
             continue
         one.add_argument("--side", type=int, default=5, help="trainings side by side on a GPU")
         one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
-        one.add_argument("--lease", type=float, default=19.0, help="minutes of work in a lease")
+        one.add_argument("--lease", type=float, default=24.0, help="minutes from the first `run` on this machine")
         if action == "plan":
             continue
-        if action == "run":
-            one.add_argument("part", choices=PARTS)
+        one.add_argument("parts", nargs="*", help="some of " + ", ".join(PARTS))
         one.add_argument("--work", type=Path, required=True, help="large folder of runs, on the machine")
         one.add_argument("--data-dir", type=Path, required=True, help="where the data sets are")
-        one.add_argument("--minutes", type=float, default=19.0, help="stop what runs after this time")
+        one.add_argument("--minutes", type=float, default=1e6, help="stop what runs after this time")
         one.add_argument("--set", action="append", metavar="KEY=VALUE", help="over every config, for a trial")
     arguments = parser.parse_args()
-    if arguments.action != "report":
-        seen = torch.cuda.device_count()
-        if arguments.gpus is None:
-            arguments.gpus = max(1, seen)
-        if arguments.gpus < 1 or (arguments.action != "plan" and arguments.gpus > max(1, seen)):
-            parser.error(f"--gpus {arguments.gpus}: {seen} are visible; give 1 to {max(1, seen)}; `plan` takes more")
-    return {"plan": plan, "report": report}.get(arguments.action, proceed)(arguments)
+    study = Study(arguments)
+    if arguments.action == "report":
+        report(study, arguments.to)
+        return 0
+    seen = torch.cuda.device_count()
+    if arguments.gpus is None:
+        arguments.gpus = max(1, seen)
+    if arguments.gpus < 1 or (arguments.action != "plan" and arguments.gpus > max(1, seen)):
+        parser.error(f"--gpus {arguments.gpus}: {seen} are visible; give 1 to {max(1, seen)}; `plan` takes more")
+    if arguments.action == "plan":
+        study.plan()
+        return 0
+    unknown = set(arguments.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {min(unknown)!r}; they are {', '.join(PARTS)}")
+    return study.run()
 
 
 if __name__ == "__main__":

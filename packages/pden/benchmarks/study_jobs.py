@@ -1,12 +1,10 @@
-"""What the study trains, how long that takes, and how it is cut into leases of one machine's GPUs."""
+"""What the study trains, how long that takes, and in which order trainings get a place on a GPU."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -21,14 +19,16 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "paper": (),
     "supervised": ("loss.contrast=supervised",),
     "barlow": BARLOW,
+    "both-kinds": BOTH,
     "adversarial-1": FARTHER[1:],
     "farther": FARTHER,
     "farther, both-kinds": (*FARTHER, *BOTH),
     "farther, supervised": (*FARTHER, "loss.contrast=supervised"),
     "farther, barlow": (*FARTHER, *BARLOW),
 }
+ABLATION_ROUNDS = 10
+WHOLE = "full"  # the ablation's row with nothing left out: the part `paper` after as many rounds
 ABLATIONS: dict[str, tuple[str, ...]] = {
-    "full": (),
     "no-safety": ("loss.safety=0.0",),
     "no-diversity": ("loss.diversity=0.0",),
     "no-cycle": ("loss.cycle=0.0",),
@@ -39,7 +39,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "geometric": ('generator.kinds=["geometric"]',),
     "composite": ('generator.kinds=["composite"]',),
 }
-PARTS = ("speed", "alone", "choice", "paper", "ours", "baselines", "ablation", "cifar")
+PARTS = ("paper", "choice", "ours", "baselines", "ablation", "cifar")
 METHODS = ("augmix", "randconv", "me-ada", "erm")
 
 
@@ -49,7 +49,8 @@ class Job:
 
     Attributes:
         kind: of its steps, which have a speed.
-        steps: how many it takes.
+        steps: how many it takes, if no domain is refused.
+        alone: nothing else runs on its GPU, since its time and memory are reported or it fills the GPU by itself.
     """
 
     part: str
@@ -59,10 +60,11 @@ class Job:
     kind: str
     steps: int
     flags: tuple[str, ...] = field(default=())
+    alone: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.label}-seed{self.seed}".replace(", ", "+")
+        return f"{self.label}-seed{self.seed}".replace(", ", "_")
 
 
 def settings(*keys: str) -> tuple[str, ...]:
@@ -76,12 +78,12 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     Args:
         chosen: settings that `choose` has found, for the part `ours`.
     """
-    whole, short = 5000 + 20 * 3000, 5000 + 10 * 3000
+    whole = 5000 + 20 * 3000
     if part == "baselines":
         flags = {each: ("--method", each) for each in METHODS}
         return [Job(part, m, "digits-baseline", seed, m, whole, flags[m]) for m in METHODS for seed in SEEDS]
     if part == "paper":
-        return [Job(part, "pden-paper", "digits-paper", seed, "pden", whole) for seed in SEEDS]
+        return [Job(part, "pden-paper", "digits-paper", seed, "pden", whole, alone=seed == 0) for seed in SEEDS]
     if part == "ours":
         return [Job(part, "pden-ours", "digits-ours", seed, "pden", whole, settings(*chosen)) for seed in SEEDS]
     if part == "choice":
@@ -93,23 +95,20 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
             for seed in CHOICE_SEEDS
         ]
     if part == "ablation":
+        rounds = ("--rounds", str(ABLATION_ROUNDS))
         return [
-            Job(part, label, "digits-paper", seed, "pden", short, ("--rounds", "10", *settings(*keys)))
+            Job(part, label, "digits-paper", seed, "pden", 5000 + ABLATION_ROUNDS * 3000, (*rounds, *settings(*keys)))
             for label, keys in ABLATIONS.items()
             for seed in SEEDS[:2]
         ]
-    if part == "cifar":
-        methods = {"augmix": "cifar-augmix", "pden": "cifar-pden", "erm": "cifar-erm"}
-        return [Job(part, m, "cifar10", 0, kind, 40_000, ("--method", m)) for m, kind in methods.items()]
-    if part == "alone":
-        return [Job(part, "pden-alone", "digits-paper", 0, "pden", whole)]
-    return [
-        Job(part, kind, job.config, 0, kind, 2000, (*job.flags, *SHORT))
-        for kind, job in {job.kind: job for each in ("paper", "baselines") for job in jobs_of(each)}.items()
-    ]
+    methods = {"pden": "cifar-pden", "augmix": "cifar-augmix", "erm": "cifar-erm"}
+    return [Job(part, m, "cifar10", 0, kind, 40_000, ("--method", m), alone=True) for m, kind in methods.items()]
 
 
-SHORT = ("--rounds", "1", *settings("pretrain_steps=400", "round_steps=1600", "data.targets=[]", "gate.mode=off"))
+def queue(chosen: Sequence[str] = ()) -> list[Job]:
+    """All trainings in the order in which they get a place: what needs a GPU alone, then what others wait for."""
+    first, *rest = jobs_of("paper")
+    return [first, *jobs_of("choice"), *rest, *(job for part in PARTS[2:] for job in jobs_of(part, chosen))]
 
 
 @dataclass(frozen=True)
@@ -138,73 +137,110 @@ FORESEEN = {
     "cifar-erm": Speed(8.0, 5.0),
 }
 START = 0.5  # minutes that a process takes before its first step and after its last one
+SLACK = 1.1  # measuring after rounds, checkpoints, and domains that the gate has learned anew
 
 
-def speeds(out: Path) -> dict[str, Speed]:
-    """Those that the part `speed` has measured; foreseen ones for the rest."""
-    file = out / "speed.json"
-    if not file.is_file():
-        return FORESEEN
-    found = json.loads(file.read_text(encoding="utf-8"))["kinds"]
-    return {**FORESEEN, **{kind: Speed(each["alone"], each["shared"]) for kind, each in found.items()}}
+class Estimates:
+    """Minutes of trainings.
+
+    Args:
+        side: trainings that share a GPU.
+        results: figures of finished trainings, by job; they replace what was foreseen for others of their kind that
+            run as they did, alone or side by side.
+    """
+
+    def __init__(self, side: int, results: Mapping[Job, Mapping[str, Any]]) -> None:
+        self.side = side
+        self.seen: dict[tuple[str, bool], float] = {}
+        for job, result in results.items():
+            key = job.kind, job.alone
+            self.seen[key] = max(self.seen.get(key, 0.0), 1000 / result["steps_per_second"])
+
+    def minutes(self, job: Job) -> float:
+        """Until a training is done."""
+        speed = FORESEEN[job.kind]
+        foreseen = speed.alone if job.alone else max(speed.alone, self.side * speed.shared)
+        return SLACK * job.steps * self.seen.get((job.kind, job.alone), foreseen) / 60_000 + START
 
 
-def minutes(jobs: Sequence[Job], speed: Mapping[str, Speed], side: int, gpus: int = 1) -> float:
-    """Of trainings that run `side` at a time on each GPU: none is faster than alone, and together they fill it."""
-    if not jobs:
-        return 0.0
-    if jobs[0].part == "speed":  # each kind once alone, once side by side, on one GPU
-        both = sum(job.steps * (speed[job.kind].alone + side * speed[job.kind].shared) / 60_000 for job in jobs)
-        return both + 2 * START * len(jobs)
-    if gpus > 1:  # dealt out in turn, the longest first; the fullest GPU is the last to be done
-        return max(minutes(jobs[place::gpus], speed, side) for place in range(gpus))
-    side = 1 if jobs[0].part == "alone" else side
-    alone = [job.steps * speed[job.kind].alone / 60_000 for job in jobs]
-    shared = [job.steps * speed[job.kind].shared / 60_000 for job in jobs]
-    turns = math.ceil(len(jobs) / side)
-    return max(sum(shared), max(alone), sum(alone) / side) + START * turns
+def place(job: Job, running: Collection[tuple[Job, str]], side: int, gpus: Sequence[str]) -> str | None:
+    """The GPU with the fewest trainings that has room for this one."""
+    load = {gpu: [other.alone for other, where in running if where == gpu] for gpu in gpus}
+    gpu = min(gpus, key=lambda each: math.inf if any(load[each]) else len(load[each]))
+    room = not load[gpu] or not (job.alone or any(load[gpu]) or len(load[gpu]) >= side)
+    return gpu if room else None
+
+
+def next_job(
+    todo: Sequence[Job],
+    running: Collection[tuple[Job, str]],
+    side: int,
+    gpus: Sequence[str],
+    may_begin: Callable[[Job], bool],
+) -> tuple[Job, str] | None:
+    """The first training that may begin now and has a place, with its GPU."""
+    for job in todo:
+        gpu = place(job, running, side, gpus) if may_begin(job) else None
+        if gpu is not None:
+            return job, gpu
+    return None
 
 
 def leases(
-    waiting: Mapping[str, Sequence[Job]], speed: Mapping[str, Speed], side: int, limit: float, gpus: int = 1
-) -> list[list[tuple[list[Job], float]]]:
-    """What is left to do, as leases of `limit` minutes; each is a list of (trainings of one part, minutes).
+    todo: Sequence[Job], estimates: Estimates, gpus: Sequence[str], limit: float
+) -> list[list[tuple[Job, str, float, float]]]:
+    """What is left to do, as leases of `limit` minutes: trainings with GPU, begin and end.
 
     A machine is bare at its start and only small files leave it, so a training that is cut off at a lease's end is
-    lost: whole trainings are packed.
+    lost: none begins that would not end. One that is longer than a lease has one for itself.
     """
-    found: list[list[tuple[list[Job], float]]] = [[]]
-    for part in PARTS:
-        rest = list(waiting.get(part, ()))
-        while rest:
-            left = limit - sum(each for _, each in found[-1])
-            count = len(rest)
-            while count and minutes(rest[:count], speed, side, gpus) > left:
-                count -= 1
-            if count == 0 and found[-1]:
-                found.append([])
+    left, found = list(todo), []
+    while left:
+        now, lease = 0.0, []
+        running: list[tuple[Job, str, float]] = []
+        while True:
+            waits = any(job.part == "choice" for job in [*left, *(job for job, *_ in running)])
+            late = {job for job in left if now + estimates.minutes(job) > limit or (waits and job.part == "ours")}
+            begun = next_job(left, [each[:2] for each in running], estimates.side, gpus, lambda job: job not in late)  # noqa: B023
+            if begun is None and not running:
+                break
+            if begun is None:
+                running.sort(key=lambda each: each[2])
+                now = running.pop(0)[2]
                 continue
-            count = max(1, count)  # longer than a lease: it is listed all the same, and the reader sees its minutes
-            found[-1].append((rest[:count], minutes(rest[:count], speed, side, gpus)))
-            rest = rest[count:]
-    return [each for each in found if each]
+            job, gpu = begun
+            running.append((job, gpu, now + estimates.minutes(job)))
+            lease.append((job, gpu, now, running[-1][2]))
+            left.remove(job)
+        if not lease:
+            job = left.pop(0)
+            lease = [(job, gpus[0], 0.0, estimates.minutes(job))]
+        found.append(lease)
+    return found
 
 
-def choose(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def choose(results: Sequence[Mapping[str, Any]], failed: Collection[str] = ()) -> dict[str, Any]:
     """The rule: the candidate whose averaged weights label held-out source images in disguise best, as the mean over
-    the seeds of choice. Nothing else of a result is read.
+    the seeds of choice. Nothing else of a result is read. A candidate with a training that failed is out.
+
+    Args:
+        failed: names of trainings.
 
     Raises:
-        ValueError: a candidate was not trained with every seed of choice.
+        ValueError: a candidate was not trained with every seed of choice, or all have failed.
     """
-    figures: dict[str, dict[int, float]] = {}
+    figures: dict[str, dict[int, float]] = {label: {} for label in CANDIDATES}
+    labels = {job.name: job.label for job in jobs_of("choice")}
     for result in results:
-        label = str(result["name"]).removesuffix(f"-seed{result['seed']}").replace("+", ", ")
-        figures.setdefault(label, {})[int(result["seed"])] = result["selections"]["averaged"]["disguised"]
-    for label in CANDIDATES:
-        absent = sorted(set(CHOICE_SEEDS) - set(figures.get(label, {})))
+        figures[labels[result["name"]]][int(result["seed"])] = result["selections"]["averaged"]["disguised"]
+    out = {labels[name] for name in failed}
+    for label in set(CANDIDATES) - out:
+        absent = sorted(set(CHOICE_SEEDS) - set(figures[label]))
         if absent:
             raise ValueError(f"the choice is not finished: {label} lacks seed {absent[0]}")
-    means = {label: sum(figures[label].values()) / len(figures[label]) for label in CANDIDATES}
+    means = {label: sum(each.values()) / len(each) for label, each in figures.items() if label not in out}
+    if not means:
+        raise ValueError("every candidate has failed")
     best = max(means, key=lambda label: means[label])
-    return {"rule": choose.__doc__, "figures": figures, "means": means, "chosen": best, "settings": CANDIDATES[best]}
+    about = {"figures": figures, "failed": sorted(failed), "means": means}
+    return {"rule": choose.__doc__, **about, "chosen": best, "settings": CANDIDATES[best]}

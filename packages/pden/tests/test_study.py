@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -26,49 +28,45 @@ from expkit.config import load_config  # noqa: E402
 from pden.commands.options import parse_setting  # noqa: E402
 from pden.training.config import TrainConfig  # noqa: E402
 
-
-def every(chosen=()) -> dict[str, list[study.Job]]:
-    return {part: study.jobs_of(part, chosen) for part in study.PARTS}
+GPUS = ("0", "1")
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 8), st.floats(12, 40), st.sets(st.integers(0, 80)))
-def test_every_training_that_is_left_is_in_one_lease_that_is_not_too_long(side, gpus, limit, done):
-    number, left = 0, {}
-    for part, jobs in every().items():
-        left[part] = [job for place, job in enumerate(jobs, start=number) if place not in done]
-        number += len(jobs)
-    planned = study.leases(left, study.FORESEEN, side, limit, gpus)
-    placed = [job for lease in planned for jobs, _ in lease for job in jobs]
-    assert sorted(map(repr, placed)) == sorted(repr(job) for jobs in left.values() for job in jobs)
+def test_every_training_that_is_left_is_in_one_lease_in_which_it_ends(side, gpus, limit, done):
+    todo = [job for place, job in enumerate(study.queue()) if place not in done]
+    estimates = study.Estimates(side, {})
+    planned = study.leases(todo, estimates, [str(each) for each in range(gpus)], limit)
+    placed = [job for lease in planned for job, *_ in lease]
+    assert sorted(map(repr, placed)) == sorted(map(repr, todo))
     for lease in planned:
-        alone = len(lease) == 1 and len(lease[0][0]) == 1  # nothing can shorten a single training
-        assert alone or sum(minutes for _, minutes in lease) <= limit + 1e-9
+        assert len(lease) == 1 or max(end for *_, end in lease) <= limit + 1e-9
+        for job, gpu, begin, end in lease:
+            assert end - begin == pytest.approx(estimates.minutes(job))
+            beside = [other for other, where, start, stop in lease if where == gpu and start <= begin < stop]
+            assert len(beside) == 1 if any(each.alone for each in beside) else len(beside) <= side
 
 
-def test_trainings_side_by_side_are_no_faster_than_alone_and_share_the_gpu():
-    (first, *rest) = study.jobs_of("paper")
-    speed = {"pden": study.Speed(alone=4.0, shared=3.0)}
-    assert study.minutes([first], speed, 5) == pytest.approx(65 * 4 / 60 + study.START)
-    assert study.minutes([first, *rest], speed, 5) == pytest.approx(5 * 65 * 3 / 60 + study.START)
+def test_ours_begins_when_the_choice_has_ended():
+    for lease in study.leases(study.queue(), study.Estimates(5, {}), GPUS, 40):
+        ours = [begin for job, _, begin, _ in lease if job.part == "ours"]
+        choice = [end for job, _, _, end in lease if job.part == "choice"]
+        assert not ours or max(choice, default=0.0) <= min(ours)
 
 
-@pytest.mark.parametrize("part", study.PARTS)
-@settings(max_examples=25, deadline=None)
-@given(side=st.integers(1, 8), gpus=st.integers(2, 8))
-def test_more_gpus_take_no_longer_and_never_less_than_the_longest_training(part, side, gpus):
-    jobs = study.jobs_of(part)
-    one, many = (study.minutes(jobs, study.FORESEEN, side, count) for count in (1, gpus))
-    longest = max(study.minutes([job], study.FORESEEN, side) for job in jobs)
-    if part in ("speed", "alone"):  # they measure one GPU
-        assert many == one
-    else:
-        assert max(one / gpus, longest) <= many + 1e-9 and many <= one
+def test_trainings_that_have_ended_tell_how_long_others_of_their_kind_take():
+    first, second, *_ = study.jobs_of("paper")
+    foreseen = study.Estimates(5, {})
+    assert foreseen.minutes(first) == pytest.approx(1.1 * 65 * 4.5 / 60 + study.START)
+    assert foreseen.minutes(second) == pytest.approx(1.1 * 65 * 5 * 3.0 / 60 + study.START)
+    seen = study.Estimates(5, {second: {"steps_per_second": 50.0}})
+    assert seen.minutes(first) == foreseen.minutes(first)  # alone
+    assert seen.minutes(study.jobs_of("ours")[0]) == pytest.approx(1.1 * 65 * 20 / 60 + study.START)
 
 
-def test_the_whole_study_fits_three_leases_of_24_minutes_on_4_gpus():
-    planned = study.leases(every(), study.FORESEEN, 5, 24, 4)
-    assert len(planned) == 3 < len(study.leases(every(), study.FORESEEN, 5, 24))
+def test_the_whole_study_fits_five_leases_of_24_minutes_on_2_gpus():
+    planned = study.leases(study.queue(), study.Estimates(5, {}), GPUS, 24)
+    assert len(planned) <= 5 and max(end for lease in planned for *_, end in lease) <= 24
 
 
 @pytest.mark.parametrize("part", study.PARTS)
@@ -76,18 +74,19 @@ def test_every_training_is_a_valid_config_of_a_name_of_its_own(part):
     jobs = study.jobs_of(part, study.BOTH)
     assert len({job.name for job in jobs}) == len(jobs)
     for job in jobs:
+        assert re.fullmatch(r"[\w.-]+", job.name)  # a folder that any archive and any transfer takes
         words = iter(job.flags)
         flags = dict(parse_setting(next(words)) if word == "--set" else (word[2:], next(words)) for word in words)
         flags["rounds"] = int(flags.get("rounds", 20))
         config = load_config(TrainConfig, BENCHMARKS.parent / "configs" / f"{job.config}.toml", flags)
         steps = config.pretrain_steps + config.rounds * config.round_steps
         assert steps == job.steps or part == "cifar"
-        assert (config.data.targets == ()) == (part in ("choice", "speed"))
+        assert (config.data.targets == ()) == (part == "choice")
 
 
 def result(label: str, seed: int, disguised: float, target: float = 0.0) -> dict:
     figures = {"validation": 0.9, "disguised": disguised, "average": target, "targets": {"usps": target}}
-    return {"name": f"{label}-seed{seed}".replace(", ", "+"), "seed": seed, "selections": {"averaged": figures}}
+    return {"name": f"{label}-seed{seed}".replace(", ", "_"), "seed": seed, "selections": {"averaged": figures}}
 
 
 def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
@@ -102,6 +101,16 @@ def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
     assert study.choose(results(0.1))["chosen"] == list(study.CANDIDATES)[-1]
     with pytest.raises(ValueError, match="paper lacks seed 101"):
         study.choose([each for each in results(0) if each["name"] != "paper-seed101"])
+
+
+def test_a_candidate_with_a_training_that_failed_is_out_and_the_choice_goes_on():
+    best = list(study.CANDIDATES)[-1].replace(", ", "_")
+    results = [
+        result(label, seed, 0.1 * place) for place, label in enumerate(study.CANDIDATES) for seed in study.CHOICE_SEEDS
+    ]
+    without = [each for each in results if each["name"] != f"{best}-seed101"]
+    found = study.choose(without, [f"{best}-seed101"])
+    assert found["chosen"] == list(study.CANDIDATES)[-2] and found["failed"] == [f"{best}-seed101"]
 
 
 def load_study() -> ModuleType:
@@ -127,20 +136,17 @@ found = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "start": start, "end": time.
 class Runner:
     """The study with processes that sleep and say when and on which GPU, in the place of trainings."""
 
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.study, self.out = load_study(), folder / "out"
-        self.arguments = argparse.Namespace(out=self.out, work=folder / "work", side=2, gpus=2)
-        self.study.command = lambda job, _: [sys.executable, "-c", RECORD, str(self.run_of(job)), str(seconds)]
+    def __init__(self, folder: Path, seconds: float, only: Callable[[study.Job], bool], **arguments: object) -> None:
+        module = load_study()
+        self.out, self.work = folder / "out", folder / "work"
+        given = {"side": 2, "gpus": 2, "lease": 60.0, "minutes": 1.0, "parts": [], **arguments}
+        self.study = module.Study(argparse.Namespace(out=self.out, work=self.work, **given))
+        self.study.command = lambda job: [sys.executable, "-c", RECORD, str(self.study.folder(job)), str(seconds)]
+        module.queue = lambda chosen=(): [job for job in study.queue(chosen) if only(job)]
 
-    def run_of(self, job: study.Job) -> Path:
-        return self.arguments.work / job.part / job.name
-
-    def do(self, jobs: list[study.Job], limit: float = 60.0) -> int:
-        return self.study.do(jobs, self.arguments, time.monotonic() + limit)
-
-    def said(self) -> dict[Path, dict]:
-        """What the processes that came to their end said, by folder."""
-        return {file.parent: json.loads(file.read_text()) for file in self.out.glob("*/*/result.json")}
+    def said(self) -> dict[str, dict]:
+        """What the processes that came to their end said, by name."""
+        return {file.parent.name: json.loads(file.read_text()) for file in self.out.glob("*/*/result.json")}
 
 
 @pytest.mark.parametrize(("own", "gpus"), [(None, {"0", "1"}), ("GPU-7,5,3", {"GPU-7", "5"})])
@@ -149,26 +155,43 @@ def test_each_gpu_has_trainings_of_its_own_and_no_more_than_side_at_a_time(tmp_p
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     if own is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
-    runner, jobs = Runner(tmp_path, 0.5), study.jobs_of("choice")[:7]
-    assert runner.do(jobs) == 0
-    runs = [runner.said()[runner.out / job.part / job.name] for job in jobs]
+    jobs = study.jobs_of("choice")[:7]
+    runner = Runner(tmp_path, 0.5, lambda job: job in jobs)
+    assert runner.study.run() == 0
+    runs = [runner.said()[job.name] for job in jobs]
     assert sorted(each["gpu"] for each in runs[:4]) == sorted([*gpus, *gpus])  # all places at once, shared evenly
     for one in runs:
         together = [each for each in runs if each["gpu"] == one["gpu"] and each["start"] <= one["start"] < each["end"]]
-        assert len(together) <= runner.arguments.side
+        assert len(together) <= 2
 
 
-def test_speed_and_alone_are_measured_on_one_gpu(tmp_path, monkeypatch):
+def test_what_is_measured_alone_has_its_gpu_for_itself(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    runner = Runner(tmp_path, 0.0)
-    assert runner.do(study.jobs_of("alone")) == 0 and runner.do(study.jobs_of("speed")[:1]) == 0
-    assert [each["gpu"] for each in runner.said().values()] == ["4"] * 4  # alone; then alone, and two side by side
+    runner = Runner(tmp_path, 0.5, lambda job: job.part == "paper")
+    assert runner.study.run() == 0
+    alone, *others = (runner.said()[job.name] for job in study.jobs_of("paper"))
+    for other in others:
+        assert other["gpu"] != alone["gpu"] or other["start"] >= alone["end"] or other["end"] <= alone["start"]
 
 
-def test_trainings_on_every_gpu_are_stopped_when_time_is_over(tmp_path):
-    runner, start = Runner(tmp_path, 60.0), time.monotonic()
-    assert runner.do(study.jobs_of("choice")[:5], limit=1.0) == 5
+def test_trainings_are_stopped_when_time_is_over_and_none_begins_that_would_not_end(tmp_path):
+    start = time.monotonic()
+    runner = Runner(tmp_path, 60.0, lambda job: job.part == "choice", minutes=1 / 60)
+    assert runner.study.run() == 1
     assert time.monotonic() - start < 20 and not runner.said()
+    assert len(list(runner.work.glob("choice/*.log"))) == 4
+    short = Runner(tmp_path / "short", 0.0, lambda job: job.part == "choice", lease=2.0)
+    assert short.study.run() == 1 and not list(short.work.glob("*/*"))
+
+
+def test_a_training_that_fails_is_told_and_not_tried_again(tmp_path, capsys):
+    runner = Runner(tmp_path, 0.0, lambda job: job in study.jobs_of("baselines")[:2])
+    fine = runner.study.command
+    runner.study.command = lambda job: [sys.executable, "-c", "exit('no')"] if job.seed else fine(job)
+    assert runner.study.run() == 1 and len(runner.said()) == 1
+    assert "exit code 1" in capsys.readouterr().out
+    assert json.loads((runner.out / "baselines/augmix-seed1/failed.json").read_text())["exit_code"] == 1
+    assert runner.study.run() == 0
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
@@ -178,24 +201,25 @@ def call(*words: object) -> subprocess.CompletedProcess[str]:
 
 def test_more_gpus_than_are_visible_are_planned_with_but_not_run_on(tmp_path):
     assert "GPUs: 99" in call("plan", "--out", tmp_path, "--gpus", 99).stdout
-    refused = call("run", "paper", "--out", tmp_path, "--work", tmp_path, "--data-dir", tmp_path, "--gpus", 99)
+    places = ("--out", tmp_path, "--work", tmp_path, "--data-dir", tmp_path)
+    refused = call("run", "paper", *places, "--gpus", 99)
     assert refused.returncode == 2 and "--gpus 99" in refused.stderr
+    refused = call("run", "papers", *places)
+    assert refused.returncode == 2 and "no part 'papers'" in refused.stderr
 
 
 @pytest.mark.slow
 def test_the_last_training_of_the_choice_writes_what_ours_starts_from(tmp_path):
     out, open_job = tmp_path / "out", study.jobs_of("choice")[-1]
-    for part, jobs in every().items():
-        for job in jobs:
-            if part != "ours" and job != open_job:
-                file = out / part / job.name / "result.json"
-                file.parent.mkdir(parents=True)
-                file.write_text(json.dumps(result(job.label, job.seed, 0.05)))
-    (out / "speed.json").write_text(json.dumps({"kinds": {}}))
+    for job in study.queue():
+        if job.part != "ours" and job != open_job:
+            file = out / job.part / job.name / "result.json"
+            file.parent.mkdir(parents=True)
+            file.write_text(json.dumps({**result(job.label, job.seed, 0.05), "steps_per_second": 1000}))
     assert f"choice: {open_job.name}" in call("plan", "--out", out).stdout
     places = ("--out", out, "--work", tmp_path / "work", "--data-dir", tmp_path)
     early = call("run", "ours", *places)
-    assert early.returncode == 1 and "nothing is chosen yet" in early.stdout
+    assert early.returncode == 1 and "5 trainings are left" in early.stdout
     tiny = ["data.source=digits", "data.validation=digits-test", "model.width=0.1", "pretrain_steps=20", "batch=8"]
     tiny += ["round_steps=4", "pretrain_batch=32", "gate.images=32", "gate.judge_steps=4", "data.disguised=64"]
     done = call("run", "choice", *places, *[word for key in tiny for word in ("--set", key)])
@@ -205,3 +229,13 @@ def test_the_last_training_of_the_choice_writes_what_ours_starts_from(tmp_path):
     assert not (tmp_path / "work" / "choice" / open_job.name / "checkpoints").exists()
     ours = call("plan", "--out", out).stdout
     assert "ours: pden-ours-seed0" in ours and "choice:" not in ours
+
+
+def test_the_ablations_full_row_is_the_long_run_after_its_rounds_and_clean_images_are_no_corruption():
+    module = load_study()
+    history = [{"round": number, "last": {"average": number / 100}} for number in range(21)]
+    made = module.after_round({"name": "pden-paper-seed1", "seed": 1, "history": history}, 10)
+    assert made["name"] == "full-seed1" and made["selections"] == {"last": {"average": 0.1, "round": 10}}
+    targets = {"cifar10-test": 0.9, "fog": 0.5, "snow": 0.7}
+    figures = module.over_corruptions({"selections": {"last": {"targets": targets, "average": 0.7}}})
+    assert figures["selections"]["last"] == {"targets": targets, "average": pytest.approx(0.6)}
