@@ -59,7 +59,8 @@ def test_stronger_attacks_leave_less(checkpoint, tmp_path):
 
 def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, monkeypatch):
     path, model = checkpoint
-    whole = evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "a", model=model)
+    small = replace(SETTINGS, size=4)  # chunks of 40 and 32
+    whole = evaluate(path, data(72), ["pgd20"], small, device=CPU, work=tmp_path / "a", model=model)
     asked = []
     real = Evaluator.survivors
 
@@ -71,8 +72,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, m
 
     monkeypatch.setattr(Evaluator, "survivors", dying)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "b", model=model)
-    again = evaluate(path, data(), ["pgd20"], SETTINGS, device=CPU, work=tmp_path / "b", model=model)
+        evaluate(path, data(72), ["pgd20"], small, device=CPU, work=tmp_path / "b", model=model)
+    again = evaluate(path, data(72), ["pgd20"], small, device=CPU, work=tmp_path / "b", model=model)
     assert asked == [0, 1, 1] and torch.equal(again["pgd20"], whole["pgd20"])
 
 

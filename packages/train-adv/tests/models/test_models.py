@@ -102,12 +102,13 @@ def test_unknown_names_are_said_with_near_ones():
 
 
 @pytest.mark.parametrize("name", ["small-cnn", "resnet18", "preact-resnet18", "wrn-16-4"])
-def test_features_are_pooled_in_fp32_under_bf16(name):
+def test_features_and_logits_are_fp32_under_bf16(name):
     spec = ModelSpec(name, tuple("abcd"), (3, 16, 16), (0.5,) * 3, (0.25,) * 3)
     model = build(spec).eval()
     images = torch.rand(2, 3, 16, 16)
     with torch.autocast("cpu", torch.bfloat16):
         logits, features = model.with_features(images)
-    assert features.dtype == torch.float32 and logits.dtype == torch.bfloat16
-    assert not torch.equal(features, features.bfloat16().float())
+    assert features.dtype == logits.dtype == torch.float32
+    for each in (features, logits):
+        assert not torch.equal(each, each.bfloat16().float())
     assert model.bfloat16()(images.bfloat16()).dtype == torch.bfloat16

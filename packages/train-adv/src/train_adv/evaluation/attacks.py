@@ -7,8 +7,8 @@ adversarial images inside ball and box.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -148,9 +148,9 @@ class Evaluator:
         for chosen in torch.split(left, self.size) if len(left) else ():
             filled = chosen[torch.arange(min(self.size, len(images)), device=chosen.device) % len(chosen)]
             inputs = [images[filled], labels[filled], *(each[filled] for each in more)]
-            found = captured(draw(inputs[0], generator), *inputs)[:, : len(chosen)]
-            for points in found:
-                standing[chosen] &= self._right(points, labels[chosen])
+            found = captured(draw(inputs[0], generator), *inputs)
+            for points in found:  # whole batches, as every new size costs a search for kernels
+                standing[chosen] &= self._right(points, inputs[1])[: len(chosen)]
         return standing
 
     def _autoattack(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,7 +167,7 @@ class Evaluator:
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         # Its code views gradients as flat rows, which channels-last images would not allow.
-        with tf32(False):
+        with tf32(False), _for_foreign_code(self.model):
             found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
         return standing & self._right(found, labels)
 
@@ -191,3 +191,19 @@ class Evaluator:
 def _candidates(result: Result) -> Tensor:
     """The point of the highest loss and the last one that was wrong, (2, batch, ...): either may be wrong in fp32."""
     return torch.stack([result.best, result.adversarial])
+
+
+@contextmanager
+def _for_foreign_code(model: nn.Module) -> Iterator[None]:
+    """No gradients for weights, and no search for kernels at each of its many sizes of a batch."""
+    learning = [each for each in model.parameters() if each.requires_grad]
+    searched = torch.backends.cudnn.benchmark
+    for each in learning:
+        each.requires_grad_(False)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searched
+        for each in learning:
+            each.requires_grad_(True)

@@ -32,7 +32,7 @@ class Settings:
     Attributes:
         epsilon, norm: of the attacks.
         limit: the first so many test images; 0 is all. `autoattack_limit` is that of AutoAttack alone.
-        size: images of one batch; four batches make a chunk, the unit of a restart.
+        size: images of one batch; ten batches make a chunk, the unit of a restart, and one does for AutoAttack.
         precision: "fp32", "tf32" or "bf16", of the model inside the attacks; verdicts are in fp32 always.
         compiled: see `Evaluator`.
         seed: of the random starts.
@@ -109,12 +109,17 @@ def evaluate(
             bar.update(task, description=f"{path.parent.name}: {name}")
             parts = []
             for number, indices in enumerate(
-                torch.split(torch.arange(_count(name, data, settings)), 4 * settings.size)
+                torch.split(torch.arange(_count(name, data, settings)), _chunk_size(name, settings))
             ):
                 parts.append(_chunk(evaluator, store, data, name, number, indices))
                 bar.advance(task, len(indices))
             found[name] = torch.cat(parts)
     return found
+
+
+def _chunk_size(name: str, settings: Settings) -> int:
+    """Images: many, as the last batch of those that still stand is filled up, but AutoAttack takes long for each."""
+    return settings.size * (1 if name == "autoattack" else 10)
 
 
 def _chunk(evaluator: Evaluator, store: AnswerStore, data: DataSet, name: str, number: int, indices: Tensor) -> Tensor:

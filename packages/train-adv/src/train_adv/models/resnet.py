@@ -20,8 +20,9 @@ def average_pool(x: Tensor) -> Tensor:
 
 
 def classified(linear: nn.Linear, features: Tensor) -> Tensor:
-    """Logits of pooled features, which are fp32 also where the weights are not."""
-    logits: Tensor = linear(features.to(linear.weight.dtype))
+    """Logits of pooled features in the weights' own precision, under autocast too: bf16 has 8 bits for all of them."""
+    with torch.autocast(features.device.type, enabled=False):
+        logits: Tensor = linear(features.to(linear.weight.dtype))
     return logits
 
 

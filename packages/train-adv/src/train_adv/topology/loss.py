@@ -91,17 +91,16 @@ class TopologyLoss(nn.Module):
 
     def _neighbours(self, rows: Tensor, columns: Tensor, start: int) -> Tensor:
         """Which columns count for each row, boolean (rows, columns)."""
-        mask = torch.ones(len(rows), len(columns), dtype=torch.bool, device=rows.device)
-        own = torch.arange(len(rows), device=rows.device)
-        if not self.diagonal:
-            mask[own, own + start] = False
+        # By comparison: to write single places of a mask on a GPU waits for it, with some releases of torch.
+        places = torch.arange(len(columns), device=rows.device)
+        itself = places[start : start + len(rows), None] == places
+        mask = torch.ones_like(itself) if self.diagonal else ~itself
         if 0 < self.neighbours < len(columns) - 1:
-            scores = self._scores(rows, columns, mask)
-            scores[own, own + start] = -torch.inf  # the sample itself is no neighbour that could be chosen
+            # the sample itself is no neighbour that could be chosen
+            scores = self._scores(rows, columns, mask).masked_fill(itself, -torch.inf)
             nearest = scores.topk(self.neighbours, dim=1).indices
             chosen = torch.zeros_like(mask).scatter_(1, nearest, True)
-            chosen[own, own + start] = self.diagonal
-            return chosen
+            return chosen | itself if self.diagonal else chosen & ~itself
         return mask
 
     def _diverge(self, log_p: Tensor, log_q: Tensor, mask: Tensor) -> Tensor:

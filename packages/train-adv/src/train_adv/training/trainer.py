@@ -278,7 +278,7 @@ class Trainer:
             value = loss.topology if loss.topology is not None else loss.total.new_zeros(())
             bad = ~torch.isfinite(loss.total)
             self._sums += torch.stack(
-                [loss.total.detach() * count, right, right.new_tensor(count), value.detach() * count, bad]
+                [loss.total.detach() * count, right, torch.full_like(right, count), value.detach() * count, bad]
             ).float()
         if self.topology is not None:
             self.topology.step()
