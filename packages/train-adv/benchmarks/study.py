@@ -30,15 +30,11 @@ Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm th
 `main`, `epsilons`, `everything` and `long` wait until no arm of `lambda` and `beta` is left, where these are asked for.
 An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
 
-The whole study on 4 GPUs: six leases of 24 minutes on paper, each of them the same call on a fresh machine,
-
-    python packages/train-adv/benchmarks/study.py run --out OUT --work WORK --data-dir DATA
-
-and a seventh for `long`. Its arms take 22 to 25 minutes on paper, 27.3 with what a bare machine does first: none fits
-24, and all four fit `run long --minutes 28` side by side, with under a minute to spare for a machine lent for 28.
-`plan long --minutes 28` tells after `speed` what it is by measured seconds. If one is cut off all the same, bring
-WORK/gpu* along, to the same place and without WORK/lease.json: it goes on from its last epoch. With leases of 28
-minutes throughout the whole is six of them (`plan --gpus 4 --minutes 28`).
+The whole study on 2 GPUs: eleven leases of 27 minutes on paper, the same call on a fresh machine each time. Where a
+command may not last so long, start it in the background, as what is cut off is compiled and recorded anew. OUT is many
+files: pack it. The arms of `long` take 35 minutes on paper; `plan long` tells after `speed` and the first arms of
+`main` what they take by measured seconds. One that is cut off goes on from its last epoch if WORK/gpu* is brought
+along, to the same place and without WORK/lease.json.
 """
 
 from __future__ import annotations
@@ -48,6 +44,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import statistics
 import sys
 import time
 from dataclasses import asdict, replace
@@ -56,7 +53,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results
+from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results, seconds_on
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
 from study_report import choose, line, pack, report
@@ -72,6 +69,7 @@ from train_adv.data.dataset import DataSet, hold_out
 from train_adv.evaluation.evaluate import Settings, evaluate, row
 from train_adv.training.config import TrainConfig
 from train_adv.training.run import Given, Outcome, read_data, train
+from train_adv.training.trainer import Diverged
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALONE = World(0, 1, 0)
@@ -151,8 +149,10 @@ def run(arguments: argparse.Namespace) -> None:
     end = lease_end(arguments)
     print(plan(left, arguments.minutes), flush=True)
     while left:
-        # What follows may depend on figures that have come meanwhile: lambda, and seconds an epoch.
-        fitting = [job for job in left if time.time() + job.seconds <= end]
+        # What follows may depend on figures that have come meanwhile: lambda, and seconds an epoch. A process of one of
+        # several GPUs was begun because its arm fits.
+        there = {path.parent.name for path in arguments.work.glob("*/result.json")}
+        fitting = [job for job in left if arguments.end is not None or time.time() + seconds_on(job, there) <= end]
         if not fitting:
             print(f"time is up with {len(left)} arms left, {cost(left) / 60:.0f} min: bring OUT to the next lease")
             break
@@ -236,7 +236,14 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
     """Train, judge the last checkpoint and, where it is another one, the best; the JSON is written after each."""
     record = evidence(seed)
     name = f"{arm.name}-{seed}"
-    config, data, outcome = train_arm(arm, seed, arguments)
+    try:
+        config, data, outcome = train_arm(arm, seed, arguments)
+    except Diverged as error:  # it would do so again: nothing waits for it
+        nothing = {"seconds_per_epoch_after_the_first": None, "evaluation": {}, "answers": {}}
+        told = {"arm": arm.name, "training": {"seed": seed}, "failed": str(error), **nothing, "complete": True}
+        write_json(arguments.out / f"{name}.json", {**told, **record})
+        print(line(told), flush=True)
+        return
     lines = read_metrics(outcome.folder / "metrics.jsonl")
     seconds = [now["seconds"] - before["seconds"] for before, now in pairwise(lines)]
     found: dict[str, Any] = {
@@ -247,7 +254,8 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
         "reference": _hash(config.topology.path),
         "config": flatten(json.loads(json.dumps(asdict(config.resolved()), default=str))),
         "training": outcome.result,
-        "seconds_per_epoch_after_the_first": sum(seconds) / len(seconds) if seconds else None,
+        # of the epochs after the first; the median, as the first one after a cut compiles too
+        "seconds_per_epoch_after_the_first": statistics.median(seconds) if seconds else None,
         "epochs": lines,
         "evaluation": {},
         "answers": {},
@@ -256,7 +264,7 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
     }
     wanted = [("last", arm.attacks), ("last", arm.final)]
     if arm.both and outcome.result["best"]["epoch"] != outcome.result["last"]["epoch"]:
-        wanted.append(("best", arm.attacks))
+        wanted += [("best", arm.attacks), *([("best", arm.final)] if arm.final_of_both else [])]
     for which, attacks in wanted:
         if attacks:
             begun = time.monotonic()
@@ -273,6 +281,7 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
 def judge(path: Path, data: DataSet, attacks: tuple[str, ...], seed: int, limit: int) -> dict[str, torch.Tensor]:
     """Attacks in TF32 on compiled models and CUDA graphs; AutoAttack is its authors' code, in fp32."""
     torch._dynamo.reset()
+    gc.collect()  # graphs of the training, before others are recorded
     device = resolve_device("auto")
     plain = Settings(EPSILON, size=500, limit=limit, autoattack_limit=min(limit or 1000, 1000), seed=seed)
     fast = replace(plain, precision="tf32", compiled=device.type == "cuda")

@@ -19,10 +19,12 @@ STANDARD = 75.0  # the standard model that a bare machine trains again, compilin
 ARM_START = 60.0  # compiling and recording
 WORKER_START = 20.0  # with several GPUs every arm is a process: importing and reading the data again
 VALIDATION = 1.5
-EVALUATION = 110.0  # natural, PGD-20 and APGD-CE + T on 10,000 images
+# natural, PGD-20 and APGD-CE + T on 10,000 images, half of them robust: 13 PFLOP and a batch filled up for each target,
+# at 60 TFLOP/s in TF32
+EVALUATION = 250.0
 AUTOATTACK = 180.0  # on 1,000
 # Seconds an epoch at batch 512 on paper, until the part `speed` has measured them; TRAIN's share and AWP's on top.
-PACE = {"standard": 0.9, "at": 7.0, "trades": 7.7, "mart": 7.5}
+PACE = {"standard": 0.9, "at": 7.0, "trades": 8.2, "mart": 7.9}
 TRAIN_SHARE = {"standard": 1.3, "at": 1.18, "trades": 1.06, "mart": 1.06}
 AWP_SHARE, SMALL_BATCH_SHARE = 1.2, 1.15
 
@@ -35,7 +37,7 @@ class Arm:
         tuning: trained without, and judged on, a tenth of the training images, so that nothing is chosen on the test
             images (see `study.tuning_split`).
         attacks: on the last checkpoint, and on the best one where that is of another epoch; none: only timed.
-        final: on the last checkpoint besides.
+        final: on the last checkpoint besides; on the best one too in the long runs, which overfit robustly at the end.
         reference: whether it needs the standard model of its seed (for TRAIN, or for the metrics of topology).
         both: judge the best checkpoint too.
     """
@@ -56,6 +58,10 @@ class Arm:
     @property
     def epochs(self) -> int:
         return int(self.settings.get("epochs", 100 if self.base == LONG else 30))
+
+    @property
+    def final_of_both(self) -> bool:
+        return self.both and self.base == LONG
 
     @property
     def kind(self) -> tuple[str, bool, bool, int]:
@@ -186,8 +192,8 @@ class Costs:
             if each.get("seconds_per_epoch_after_the_first"):
                 paces[arm.kind] = float(each["seconds_per_epoch_after_the_first"])
             seconds = each.get("judge_seconds", {})
-            if arm.attacks == JUDGED and not arm.tuning:
-                whole += [seconds[which] for which in ("last", "best") if which in seconds]
+            if arm.attacks == JUDGED:  # sweeps are judged on half as many images
+                whole += [(2 if arm.tuning else 1) * seconds[which] for which in ("last", "best") if which in seconds]
             auto += [seconds["autoattack"]] if "autoattack" in seconds else []
         return cls(paces, max(whole, default=EVALUATION), max(auto, default=AUTOATTACK))
 
@@ -203,7 +209,8 @@ class Costs:
         validations = arm.epochs / int(arm.settings.get("validation.every", 1))
         judged = self.evaluation * (0.5 if arm.tuning else 1) * (0.25 if "apgd" not in arm.attacks else 1)
         judged *= 2 if arm.both else 1
-        return ARM_START + arm.epochs * pace + VALIDATION * validations + judged + self.autoattack * len(arm.final)
+        final = self.autoattack * len(arm.final) * (2 if arm.final_of_both else 1)
+        return ARM_START + arm.epochs * pace + VALIDATION * validations + judged + final
 
 
 @dataclass(frozen=True)

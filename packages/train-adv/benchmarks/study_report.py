@@ -12,14 +12,14 @@ from train_adv.evaluation.statistics import paired_difference
 
 START = {"at": Choice("cosine", 100.0), "trades": Choice("cosine", 100.0)}  # until the sweep has been run
 HOSTS = {"at": "tune-at", "trades": "tune-trades-beta-6"}  # what each sweep is measured against
-TOLERANCE = 0.003  # robust accuracy that TRAIN may cost
+TOLERANCE = 0.01  # robust accuracy that TRAIN may cost in the choice: two standard errors on 5,000 images, paired
 
 
 def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
     """The lambda and kernel for a host, by a rule fixed beforehand and on held-out training images alone.
 
-    Of the settings whose APGD accuracy is at most 0.3 points below the host's own, the one of the highest natural
-    accuracy; where there is none, the one that loses the least of APGD accuracy.
+    Of the settings whose APGD accuracy is at most a point below the host's own, the one with the largest sum of natural
+    and APGD accuracy; where there is none, the one with the largest sum of all. A setting that diverged has no figures.
     """
     table = {each["arm"]: each for each in results if each["arm"].startswith("tune-") and "last" in each["evaluation"]}
     base = table.get(HOSTS[host])
@@ -31,11 +31,7 @@ def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
         return START[host]
     floor = figure(base, "apgd") - TOLERANCE
     allowed = [each for each in own if figure(each, "apgd") >= floor]
-    best = (
-        max(allowed, key=lambda each: figure(each, "natural"))
-        if allowed
-        else max(own, key=lambda each: figure(each, "apgd"))
-    )
+    best = max(allowed or own, key=lambda each: figure(each, "natural") + figure(each, "apgd"))
     return Choice(best["config"]["topology.kernel"], best["config"]["topology.weight"])
 
 
@@ -66,6 +62,8 @@ def line(found: dict[str, Any]) -> str:
     for which, table in found["evaluation"].items():
         shown = ", ".join(f"{name} {100 * each['accuracy']:.2f}" for name, each in table.items())
         cells.append(f"{which}: {shown}")
+    if "failed" in found:
+        cells.append(found["failed"])
     if found["evaluation"]:
         cells.append(f"on {found['judged_on']}")
     return " | ".join(cells)

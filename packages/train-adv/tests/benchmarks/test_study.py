@@ -58,12 +58,13 @@ def result(arm: str, natural: float, apgd: float, weight: float = 0.0, kernel: s
     return {"arm": arm, "evaluation": {"last": figures}, "config": config}
 
 
-def test_the_choice_is_the_most_natural_that_costs_no_robustness(modules):
+def test_the_choice_is_the_best_of_those_that_cost_no_robustness(modules):
     _, _, report = modules
     results = [
         result("tune-at", 0.80, 0.480),
         result("tune-at-cosine-100", 0.83, 0.479, 100.0),
-        result("tune-at-cosine-300", 0.86, 0.470, 300.0),
+        result("tune-at-cosine-300", 0.86, 0.469, 300.0),
+        {"arm": "tune-at-cosine-10", "evaluation": {}, "config": {}, "failed": "the loss is not a number"},
         result("tune-at-softmax-cosine-0.1", 0.82, 0.482, 0.1, "softmax-cosine"),
         result("at+train", 0.99, 0.99, 7.0),  # judged on test images: must not be looked at
     ]
@@ -97,6 +98,12 @@ def test_measured_seconds_replace_those_on_paper(modules, start):
     costs = arms.Costs.measured(known, [speed, at])
     saved = 30 * (arms.PACE["at"] - 2.0) + 2 * (arms.EVALUATION - 30) + arms.AUTOATTACK - 80
     assert arms.Costs().of(at) - costs.of(at) == pytest.approx(saved)
+    tuned = next(arm for arm in start["lambda"] if arm.name == "tune-at-cosine-100")
+    half = arms.Costs.measured([{"arm": tuned.name, "judge_seconds": {"last": 20.0}}], [tuned, at])
+    assert half.evaluation == 40.0  # 10,000 images and not 5,000
+    long = start["long"][0]
+    once = arms.Arm(long.name, long.settings, long.base, final=long.final, both=False)
+    assert arms.Costs().of(long) - arms.Costs().of(once) == arms.EVALUATION + arms.AUTOATTACK
 
 
 def test_answers_survive_packing(modules):
@@ -112,6 +119,19 @@ def quick() -> list[str]:
             "data.limit": "400", "attack.steps": "1", "batch_size": "64", "validation.fraction": "0.2",
             "validation.every": "1"}  # fmt: skip
     return ["--limit", "6", *(word for key, value in keys.items() for word in ("--set", f"{key}={value}"))]
+
+
+@pytest.mark.slow
+def test_an_arm_that_diverges_is_told_and_not_tried_again(modules, tmp_path, monkeypatch, capsys):
+    study, _, _ = modules
+    arguments = ["study.py", "run", "beta", "--seeds", "0", "--only", "tune-at", "--gpus", "1", *quick()]
+    arguments += ["--set", "optimizer.lr=1e30", "--set", "epochs=3"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
+    assert study.main() == 0
+    told = json.loads((tmp_path / "o" / "tune-at-0.json").read_text())
+    assert "not a number" in told["failed"] and told["complete"]
+    assert "not a number" in capsys.readouterr().out
+    assert study.main() == 0 and "0 arms are left" in capsys.readouterr().out
 
 
 @pytest.mark.slow

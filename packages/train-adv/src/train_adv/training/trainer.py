@@ -62,6 +62,10 @@ class StepLoss:
         self.total, self.host, self.topology = total, host, topology
 
 
+class Diverged(UsageError):
+    """A loss was not a number."""
+
+
 class Trainer:
     """Runs steps; see the module's docstring.
 
@@ -293,12 +297,12 @@ class Trainer:
         return learning
 
     def require_finite(self) -> None:
-        """UsageError, on every process, when a loss of one of them was not a number since the epoch began."""
+        """Diverged, on every process, when a loss of one of them was not a number since the epoch began."""
         if float(total(self._sums[4].clone(), self.world)) == 0:
             return
         config, progress = self.config, self.progress
         weight = f", topology weight {self.topology.current_weight():g}" if self.topology is not None else ""
-        raise UsageError(
+        raise Diverged(
             f"the loss is not a number in epoch {progress.epoch + 1}, by step {progress.number} (learning rate "
             f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): lower "
             f"{'topology.weight or ' if config.topology.active else ''}optimizer.lr; checkpoints before it are kept"
