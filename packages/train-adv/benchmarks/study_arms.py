@@ -251,17 +251,20 @@ def cost(jobs: Sequence[Job]) -> float:
     return LEASE_START + STANDARD * len(standards) + sum(job.seconds for job in jobs)
 
 
-def next_job(left: Sequence[Job], barred: Collection[str], there: Collection[str], seconds: float) -> Job | None:
+def next_job(
+    left: Sequence[Job], barred: Collection[str], there: Collection[str], seconds: float, *, first: bool
+) -> Job | None:
     """The first arm that one of several GPUs may begin and would end within so many seconds.
 
     Args:
         left: all arms without their figures, those that are at work included.
         barred: names of those at work, or not for this GPU.
         there: see `seconds_on`.
+        first: of the GPUs, on which all speeds are measured: two differ by as much as TRAIN may cost.
     """
     sweeping = any(job.part in SWEEPS for job in left)
     for job in left:
-        waits = sweeping and job.part in AFTER_SWEEPS
+        waits = (sweeping and job.part in AFTER_SWEEPS) or (job.part == "speed" and not first)
         if not waits and job.name not in barred and seconds_on(job, there) <= seconds:
             return job
     return None
@@ -294,7 +297,7 @@ def _lease(left: Sequence[Job], seconds: float, gpus: int) -> tuple[list[list[Jo
         now = free[gpu]
         there = {name for job in lanes[gpu] for name in (job.name, job.standard) if name is not None}
         unfinished = [job for job in left if ends.get(job.name, math.inf) > now]
-        job = next_job(unfinished, ends, there, seconds - now)
+        job = next_job(unfinished, ends, there, seconds - now, first=gpu == 0)
         if job is None:  # there may be one when another GPU ends its own
             free[gpu] = min((end for end in ends.values() if end > now), default=math.inf)
         else:

@@ -58,7 +58,7 @@ def run_on(
             barred = failed | {worker.job.name for worker in running.values()}
             barred |= {job.name for job in left if _home(job, folders) not in (None, number)}
             there = {path.parent.name for path in folders[number].glob("*/result.json")}
-            job = next_job(left, barred, there, end - time.time())
+            job = next_job(left, barred, there, end - time.time(), first=number == 0)
             if job is not None:
                 running[number] = _begin(job, ids[number], folders[number], command, end)
         if not running:

@@ -93,7 +93,7 @@ def events(folder: Path) -> list[dict]:
 
 def test_every_gpu_has_one_arm_at_a_time_and_a_folder_of_its_own(modules, tmp_path):
     names = ["a", "b", "c", "d", "e"]
-    assert run(modules, tmp_path, dict.fromkeys(names, "speed")) == []
+    assert run(modules, tmp_path, dict.fromkeys(names, "main")) == []
     found = events(tmp_path)
     assert sorted(event["only"] for event in found) == names and {event["gpus"] for event in found} == {"1"}
     assert {(event["gpu"], Path(event["work"]).name) for event in found} == {("5", "gpu0"), ("7", "gpu1")}
@@ -102,6 +102,12 @@ def test_every_gpu_has_one_arm_at_a_time_and_a_folder_of_its_own(modules, tmp_pa
         assert all(before["ended"] < after["began"] for before, after in pairwise(own))
     assert found[1]["began"] < found[0]["ended"]  # and the two GPUs work at the same time
     assert len({event["end"] for event in found}) == 1
+
+
+def test_speeds_are_measured_on_one_gpu(modules, tmp_path):
+    wanted = {"a": "speed", "b": "speed", "c": "speed", "d": "lambda"}
+    assert run(modules, tmp_path, wanted) == []
+    assert {event["only"]: event["gpu"] for event in events(tmp_path)} == {"a": "5", "b": "5", "c": "5", "d": "7"}
 
 
 def test_what_needs_the_sweeps_waits_for_all_of_them(modules, tmp_path):
