@@ -57,10 +57,10 @@ def frost(images: Tensor, level: int, rng: torch.Generator, textures: Path | Non
     side = images.shape[-1]
     sheets = _ice(rng) if textures is None else _photographs(textures, rng.device)
     crops = []
-    for _ in range(len(images)):
-        sheet = sheets[int(torch.randint(len(sheets), (1,), generator=rng, device=rng.device))]
-        places = [torch.randint(size - side, (1,), generator=rng, device=rng.device) for size in sheet.shape[1:]]
-        top, left = (int(place) for place in places)
+    # all drawn before the host asks for any: a GPU would be waited for three times an image
+    for which, *corner in torch.rand(len(images), 3, generator=rng, device=rng.device).tolist():
+        sheet = sheets[int(which * len(sheets))]
+        top, left = (int(share * (size - side)) for share, size in zip(corner, sheet.shape[1:], strict=True))
         crops.append(sheet[:, top : top + side, left : left + side])
     return kept * images + amount * torch.stack(crops)
 
