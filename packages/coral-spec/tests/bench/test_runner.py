@@ -16,7 +16,7 @@ from coral_spec.bench.records import Key, PartialFile, Record
 from coral_spec.bench.runner import Bench, Settings, open_partial, run
 from coral_spec.bench.summary import NOT_MEASURED, summarise_runs, table
 from coral_spec.bench.tasks import Prompt
-from coral_spec.check.noise import forward_distance
+from coral_spec.check.noise import forward_distances
 from coral_spec.model import load
 from expkit.errors import UsageError
 from tiny import tiny_target
@@ -196,26 +196,39 @@ def test_the_baselines_distance_is_that_of_the_whole_run() -> None:
     margins = answer.logits.topk(2, dim=-1)
     place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
     swapped[place] = int(margins.indices[place, 1])
-    for distance, verdict in ((1.0, "tie"), (1.3, "bug")):  # farther than twice 0.2, but not than twice prompt c's
+    for distance, again in ((1.0, False), (1.3, True)):  # farther than twice 0.2, but not than twice prompt c's
         other = replace(records["sample", "a", "ngram"], ids=swapped, distance=distance)
-        assert judge_all(bench, TASKS, {**records, other.key: other})[other.key].verdict == verdict
+        judgement = judge_all(bench, TASKS, {**records, other.key: other})[other.key]
+        assert judgement.verdict == "tie" and (judgement.forward_distance is not None) == again
 
 
-def test_logits_may_be_as_far_from_fp32_as_the_models_own_forward_is_on_that_answer() -> None:
+def test_logits_may_be_as_far_from_fp32_as_the_models_own_forward_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench.build(SETTINGS, load(tiny_target(dtype=torch.bfloat16), draft="none"))
-    records = {key: replace(record, noise=0.4, distance=1e-4) for key, record in measured(bench).items()}
     ids = bench.encode("sample", TASKS["sample"][0])
-    answer = bench.methods[1].answer(ids, Request(max_new_tokens=12, record_logits=True))
+    answer = bench.methods[2].answer(ids, Request(max_new_tokens=12, record_logits=True))
     assert answer.logits is not None
     margins = answer.logits.topk(2, dim=-1)
     place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
     swapped = [*answer.ids[:place], int(margins.indices[place, 1]), *answer.ids[place + 1 :]]
-    own = forward_distance(bench.model.target.model, bench.reference, ids, swapped)
-    assert own > 2e-3
-    for share, verdict in ((1.9, "tie"), (2.1, "bug")):
-        other = replace(records["sample", "a", "ngram"], ids=swapped, distance=share * own)
-        judgement = judge_all(bench, TASKS, {**records, other.key: other})[other.key]
-        assert judgement.verdict == verdict and judgement.baseline_distance == own
+    own = forward_distances(bench.model.target.model, bench.reference, ids, answer.ids)
+    usual = float(own.mean())  # of plain decoding, on another text
+    records = {key: replace(record, noise=0.4, distance=usual) for key, record in measured(bench).items()}
+    other = replace(records["sample", "a", "ngram"], ids=swapped, distance=3 * usual)
+    judgement = judge_all(bench, TASKS, {**records, other.key: other})[other.key]
+    assert judgement.verdict == "tie" and judgement.forward_distance == pytest.approx(float(own.max()))
+
+    # an error at the position that rounds least
+    least = int(own.argmin()) + 1
+    answers = type(bench.methods[2]).answer
+
+    def wrong(self: object, prompt: list[int], request: Request) -> Answer:
+        found = answers(self, prompt, request)  # type: ignore[arg-type]
+        if getattr(self, "name", "") == "ngram" and found.logits is not None:
+            found.logits[least] += 3 * usual
+        return found
+
+    monkeypatch.setattr(type(bench.methods[2]), "answer", wrong)
+    assert judge_all(bench, TASKS, {**records, other.key: other})[other.key].verdict == "bug"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coral_spec import engine, layers, masks, tree
+from coral_spec.answer import Generation
 from coral_spec.check.greedy import GreedyReport, check_greedy
 from coral_spec.check.report import in_fp32
 from coral_spec.model import Model, load
@@ -60,6 +61,26 @@ def test_a_mask_that_leaks_one_sibling_is_a_bug(monkeypatch: pytest.MonkeyPatch)
     report = oracle_check(load(tiny_target(), draft="ngram"), PROMPTS[0])
     assert report.identical == "bug"
     assert report.distance > 1e-2
+
+
+def test_logits_that_rounding_cannot_explain_are_a_bug_though_all_tokens_are_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = load(tiny_target(dtype=torch.bfloat16), draft="ngram")
+    reference = in_fp32(half).target.model
+    drafted = half.generate
+
+    def wrong(prompt: list[int], **options: object) -> Generation:
+        found = drafted(prompt, **options)  # type: ignore[arg-type]
+        if found.logits is not None:
+            found.logits[5] += 8 * fine.baseline_distance
+        return found
+
+    fine = check_greedy(half, reference, PROMPTS[:1], max_new_tokens=TOKENS)
+    monkeypatch.setattr(half, "generate", wrong)
+    report = check_greedy(half, reference, PROMPTS[:1], max_new_tokens=TOKENS)
+    assert fine.passed and not report.passed
+    assert report.judgements[0].forward_distance is not None and report.judgements[0].verdict == "bug"
 
 
 def test_an_acceptance_that_once_keeps_a_wrong_child_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:

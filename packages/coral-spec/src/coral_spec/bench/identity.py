@@ -11,19 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from torch import Tensor
+
 from coral_spec.bench.records import Record
 from coral_spec.bench.runner import Bench
 from coral_spec.bench.tasks import Prompt
 from coral_spec.check.noise import (
     Judgement,
+    Rounding,
     find_mismatch,
     first_difference,
-    forward_distance,
+    forward_distances,
     is_far,
     is_tie,
     judge,
     logit_distance,
     margin_noise,
+    position_distances,
     reference_logits,
 )
 
@@ -71,8 +75,8 @@ class Identity:
             self._measure_noise(other)
             found = verdict(noise=self.noise, baseline_distance=self.baseline_distance)
         if is_far(distance, self.baseline_distance) and not hopeless:
-            own = forward_distance(self.bench.model.target.model, self.bench.reference, ids, record.ids)
-            found = verdict(noise=self.noise, baseline_distance=max(self.baseline_distance, own))
+            rounding = self._rounding(ids, record.method)
+            found = verdict(noise=self.noise, baseline_distance=self.baseline_distance, rounding=rounding)
         return found
 
     def _measure_noise(self, prompt: Prompt) -> None:
@@ -88,11 +92,21 @@ class Identity:
 
     def _against_fp32(self, ids: list[int], name: str) -> tuple[float, float]:
         """Margin noise and distance of a method's logits for a prompt, which it answers once more."""
+        _, logits, exact = self._answer(ids, name)
+        return margin_noise(logits, exact), logit_distance(logits, exact)
+
+    def _rounding(self, ids: list[int], name: str) -> Rounding:
+        """Of a method's answer to a prompt."""
+        answer, logits, exact = self._answer(ids, name)
+        own = forward_distances(self.bench.model.target.model, self.bench.reference, ids, answer)
+        return Rounding.of(position_distances(logits, exact), self.baseline_distance, own)
+
+    def _answer(self, ids: list[int], name: str) -> tuple[list[int], Tensor, Tensor]:
+        """A method's answer to a prompt, given once more, its logits, and the same in fp32."""
         method = next(each for each in self.bench.methods if each.name == name)
         answer = method.answer(ids, replace(self.bench.settings.request, record_logits=True))
         assert answer.logits is not None
-        exact = reference_logits(self.bench.reference, ids, answer.ids)
-        return margin_noise(answer.logits, exact), logit_distance(answer.logits, exact)
+        return answer.ids, answer.logits, reference_logits(self.bench.reference, ids, answer.ids)
 
 
 def judge_all(

@@ -6,18 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from coral_spec.check.noise import (
     Identical,
     Judgement,
     Mismatch,
+    Rounding,
     find_mismatch,
-    forward_distance,
+    forward_distances,
     is_far,
     judge,
     logit_distance,
     margin_noise,
+    position_distances,
     reference_logits,
     summarise,
 )
@@ -75,10 +77,14 @@ class _Pair:
     noise: float
     own_noise: float
     baseline_distance: float
-    distance: float
+    distances: Tensor
     prompt: list[int]
     ids: list[int]
     rounds: int
+
+    @property
+    def distance(self) -> float:
+        return float(self.distances.max()) if len(self.distances) else 0.0
 
 
 def check_greedy(
@@ -106,11 +112,12 @@ def check_greedy(
     noise = max(pair.noise for pair in pairs)
     baseline_distance = max(pair.baseline_distance for pair in pairs)
 
-    def own_distance(pair: _Pair) -> float:
+    def rounding(pair: _Pair) -> Rounding | None:
         """Of the model's own forward, where the drafted run's logits are too far without it."""
         if not is_far(pair.distance, baseline_distance):
-            return 0.0
-        return forward_distance(model.target.model, reference, pair.prompt, pair.ids)
+            return None
+        own = forward_distances(model.target.model, reference, pair.prompt, pair.ids)
+        return Rounding.of(pair.distances, baseline_distance, own)
 
     dtype = model.target.dtype
     return GreedyReport(
@@ -122,7 +129,8 @@ def check_greedy(
                 noise=noise,
                 own_noise=p.own_noise,
                 distance=p.distance,
-                baseline_distance=max(baseline_distance, own_distance(p)),
+                baseline_distance=baseline_distance,
+                rounding=rounding(p),
             )
             for p in pairs
         ],
@@ -146,7 +154,7 @@ def _compare(plain: Model, drafted: Model, reference: nn.Module, prompt: list[in
         noise=margin_noise(baseline.logits, exact),
         own_noise=margin_noise(other.logits, own),
         baseline_distance=logit_distance(baseline.logits, exact),
-        distance=logit_distance(other.logits, own),
+        distances=position_distances(other.logits, own),
         prompt=prompt,
         ids=other.token_ids,
         rounds=other.statistics.rounds,

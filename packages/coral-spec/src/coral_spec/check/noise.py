@@ -7,9 +7,9 @@ farther from fp32 than twice the baseline's. The noise is that of all the baseli
 error as large as its gap in one of the two runs, though, so that the drafted answer's own noise counts too where its
 logits are no farther from fp32 than the baseline's. Anything else is a **bug**. In fp32 only a gap under 1e-3 is a tie.
 
-Some texts multiply rounding: on one answer of Gemma3-270M bf16 is 0.2 or 1.3 from fp32 at a single position, as its
-forward has more or fewer rows. So before logits count as too far, they are held against `forward_distance` of the
-answer's own text as well.
+Some texts multiply rounding: on one answer of Gemma3-270M bf16 is 0.2 to 1.6 from fp32 at a single position, by how
+many rows its forward has (`benchmarks/rounding.py`). So before logits count as too far they are held, position by
+position, against the model's own forward of the same text as well (:func:`forward_distances`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Judgement:
         gap: fp32 distance of the two tokens' logits; None without a mismatch, infinite when a run ended early.
         noise: what the gap was held against, its cap left out.
         distance: how far the run's logits are from fp32; None when they were not recorded.
-        baseline_distance: the same of the baseline, over the whole run, or of `forward_distance` if that was needed.
+        baseline_distance: the same of the baseline, over the whole run.
+        forward_distance: the same of the model's own forward of this text, where that was asked.
     """
 
     verdict: Verdict
@@ -61,6 +62,7 @@ class Judgement:
     noise: float | None = None
     distance: float | None = None
     baseline_distance: float | None = None
+    forward_distance: float | None = None
 
 
 def judge(
@@ -71,6 +73,7 @@ def judge(
     own_noise: float = 0.0,
     distance: float | None = None,
     baseline_distance: float | None = None,
+    rounding: Rounding | None = None,
 ) -> Judgement:
     """Apply the rule to one prompt.
 
@@ -80,9 +83,10 @@ def judge(
         noise: largest `margin_noise` over the baseline's positions of the run.
         own_noise: the same of the judged run.
         distance: largest `logit_distance` of the judged run.
-        baseline_distance: largest `logit_distance` of the baseline over the run, or `forward_distance`.
+        baseline_distance: largest `logit_distance` of the baseline over the run.
+        rounding: of the judged run's text, which tells whether the logits are too far; without it the distances do.
     """
-    far = is_far(distance, baseline_distance)
+    far = is_far(distance, baseline_distance) if rounding is None else rounding.exceeded
     verdict: Verdict = "bug" if far else "exact"
     if distance is not None and baseline_distance is not None and distance <= baseline_distance:
         noise = max(noise, own_noise)
@@ -96,7 +100,27 @@ def judge(
         noise=noise,
         distance=distance,
         baseline_distance=baseline_distance,
+        forward_distance=None if rounding is None else rounding.distance,
     )
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Whether a run's logits are farther from fp32 than rounding takes the model's own forward of the text.
+
+    Attributes:
+        exceeded: at some position they are farther than twice both the baseline's distance and that forward's there.
+        distance: largest of that forward.
+    """
+
+    exceeded: bool
+    distance: float
+
+    @classmethod
+    def of(cls, distances: Tensor, baseline_distance: float, forward: Tensor) -> Rounding:
+        """From `position_distances` of a run and `forward_distances` of its text."""
+        allowed = (DISTANCE_FACTOR * forward.clamp(min=baseline_distance)).clamp(min=DISTANCE_FLOOR)
+        return cls(bool((distances > allowed).any()), float(forward.max()))
 
 
 def is_far(distance: float | None, baseline_distance: float | None) -> bool:
@@ -191,7 +215,13 @@ def margin_noise(working: Tensor, reference: Tensor) -> float:
 
 
 def logit_distance(working: Tensor, reference: Tensor) -> float:
-    """Largest root mean square difference over the vocabulary, of all positions after the first.
+    """Largest of :func:`position_distances`; 0 for an answer of one token."""
+    distances = position_distances(working, reference)
+    return float(distances.max()) if len(distances) else 0.0
+
+
+def position_distances(working: Tensor, reference: Tensor) -> Tensor:
+    """Root mean square difference over the vocabulary at all positions after the first.
 
     The first token comes from the prefill, which both runs share: its error, often the largest, would hide that of
     the verified tree.
@@ -200,33 +230,41 @@ def logit_distance(working: Tensor, reference: Tensor) -> float:
         working, reference: logits ``(positions, vocab)`` of one answer.
 
     Returns:
-        the distance; 0 for an answer of one token.
+        fp32 ``(positions - 1,)``.
     """
-    if len(working) < 2:
-        return 0.0
     working = working.to(reference.device, torch.float32)
-    return float((working[1:] - reference[1:]).square().mean(dim=-1).sqrt().max())
+    return (working[1:] - reference[1:]).square().mean(dim=-1).sqrt()
 
 
 @torch.inference_mode()
-def forward_distance(model: nn.Module, reference: nn.Module, prompt: Sequence[int], ids: Sequence[int]) -> float:
+def forward_distances(
+    model: nn.Module,
+    reference: nn.Module,
+    prompt: Sequence[int],
+    ids: Sequence[int],
+    pieces: Sequence[int] = PIECES,
+) -> Tensor:
     """How far rounding takes the model's own forward from fp32 on an answer, whoever wrote it.
 
     Args:
         model: in working precision, as transformers made it.
         reference: the same in fp32.
-        prompt, ids: the answer.
+        prompt, ids: the answer, of two tokens at least.
+        pieces: rows of the forwards that are tried.
 
     Returns:
-        the largest `logit_distance`, over forwards of :data:`PIECES` rows each.
+        the largest `position_distances` of them, ``(positions - 1,)``.
     """
     exact = reference_logits(reference, prompt, ids)
     device, config, text = next(model.parameters()).device, cast("PreTrainedConfig", model.config), [*prompt, *ids[:-1]]
-    largest = 0.0
-    for rows in PIECES:
+    largest = exact.new_zeros(len(ids) - 1)
+    for rows in pieces:
         cuts = [0, *range(len(prompt), len(text), rows), len(text)]
         held = {cache_argument(model): DynamicCache(config=config), "use_cache": True}
-        pieces = [torch.tensor([text[start:end]], device=device) for start, end in itertools.pairwise(cuts)]
-        logits = torch.cat([model(input_ids=piece, **held).logits[0] for piece in pieces])[len(prompt) - 1 :]
-        largest = max(largest, logit_distance(logits, exact))
+        logits = []
+        for start, end in itertools.pairwise(cuts):
+            part = torch.tensor([text[start:end]], device=device)
+            kept = end - start if start else 1  # of the prompt the last row
+            logits.append(model(input_ids=part, logits_to_keep=kept, **held).logits[0])
+        largest = torch.maximum(largest, position_distances(torch.cat(logits), exact))
     return largest
