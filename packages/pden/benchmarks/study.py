@@ -8,7 +8,8 @@
 first `run` on this machine. Where a command may not last so long, start it in the background, or repeat it with
 `--minutes 9`: trainings go on from their checkpoints in WORK, which is large and stays there (best in memory, as
 /dev/shm). OUT is small (figures and pictures, a few MiB in all), and all that a later lease needs: what has its figures
-there is not run again, nor is a training that has failed (`failed.json` beside where its figures would be).
+there is not run again, nor is a training that has failed by itself (`failed.json` in the place of its figures, to be
+removed for another try); one that was killed, or for which there was no memory, is tried again by the next `run`.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
@@ -23,8 +24,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from study_jobs import ABLATION_ROUNDS, PARTS, SEEDS, WHOLE, Estimates, Job, choose, jobs_of, leases, next_job, queue
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+STOPPING = 20  # seconds that a training may take to end
 
 
 class Study:
@@ -57,6 +61,7 @@ class Study:
         self.arguments = arguments
         self.out: Path = arguments.out
         self.running: dict[Job, tuple[str, subprocess.Popen[bytes]]] = {}
+        self.lost: set[Job] = set()  # killed from outside, or without memory: not tried again by this command
 
     def file(self, job: Job, name: str = "result.json") -> Path:
         """A small file of a training that has ended."""
@@ -105,7 +110,9 @@ class Study:
         )
         planned = leases(self.todo, estimates, names, arguments.lease)
         for number, lease in enumerate(planned, start=1):
-            print(f"lease {number}: {max(end for *_, end in lease):.0f} minutes")
+            length = max(end for *_, end in lease)
+            warning = f", DOES NOT FIT: give --lease {math.ceil(length)}" if length > arguments.lease else ""
+            print(f"lease {number}: {length:.0f} minutes{warning}")
             for job, gpu, begin, end in lease:
                 print(f"  GPU {gpu} {begin:5.1f} to {end:5.1f}  {job.part}: {job.name}")
         print(f"{len(planned)} leases" if planned else "nothing is left; see `report`")
@@ -115,17 +122,17 @@ class Study:
         arguments = self.arguments
         lease_ends = began_on(arguments.work) + 60 * arguments.lease
         deadline = min(time.time() + 60 * arguments.minutes, lease_ends)
-        gpus, estimates, failed = visible_gpus(arguments.gpus), self.estimates, 0
+        gpus, estimates = visible_gpus(arguments.gpus), self.estimates
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the trainings end too
 
         def may_begin(job: Job) -> bool:
-            if job.part == "ours" and self.chosen is None:
+            if job in self.lost or (job.part == "ours" and self.chosen is None):
                 return False
             return self.begun(job) or time.time() + 60 * estimates.minutes(job) <= lease_ends
 
         try:
             while time.time() < deadline:
-                for job in [job for job, (_, process) in self.running.items() if process.poll() is not None]:
-                    failed += not self.collect(job)
+                if self.collect_ended():
                     estimates = self.estimates
                 self.settle_choice()
                 running = [(job, gpu) for job, (gpu, _) in self.running.items()]
@@ -137,15 +144,24 @@ class Study:
                 else:
                     break
         finally:
+            self.collect_ended()
             for _, process in self.running.values():  # all before the first wait: each takes a moment to leave its GPU
                 process.terminate()
             for job, (_, process) in self.running.items():
-                process.wait()
+                try:
+                    process.wait(STOPPING)
+                except subprocess.TimeoutExpired:
+                    process.kill()
                 print(f"{job.part}, {job.name}: stopped, time is over", flush=True)
             self.running = {}
-        left = self.todo
-        print(f"{len(left)} trainings are left, {failed} have failed" if left or failed else "done", flush=True)
+        left, failed = self.todo, self.failed
+        print(f"{len(left)} trainings are left{told(failed)}" if left or failed else "done", flush=True)
         return int(bool(left or failed))
+
+    @property
+    def failed(self) -> list[Job]:
+        """Trainings that have failed by themselves."""
+        return [job for job in queue(self.chosen or ()) if self.has(job, "failed.json")]
 
     def start(self, job: Job, gpu: str) -> None:
         """A training as a process of its own."""
@@ -165,23 +181,32 @@ class Study:
             words += ["--set", setting]
         return [str(each) for each in words] + (["--resume"] if self.begun(job) else [])
 
-    def collect(self, job: Job) -> bool:
-        """Keep what is small of a training that has ended; whether it went well."""
+    def collect_ended(self) -> bool:
+        """Keep what is small of trainings that have ended; whether any has."""
+        ended = [job for job, (_, process) in self.running.items() if process.poll() is not None]
+        for job in ended:
+            self.collect(job)
+        return bool(ended)
+
+    def collect(self, job: Job) -> None:
+        """Keep what is small of a training that has ended."""
         (_, process), run = self.running.pop(job), self.folder(job)
         out = self.file(job).parent
         out.mkdir(parents=True, exist_ok=True)
         if process.returncode:
             last = run.with_suffix(".log").read_text(encoding="utf-8")[-1500:]
-            write_json(out / "failed.json", {"exit_code": process.returncode, "log": last})
             print(f"{job.part}, {job.name}: exit code {process.returncode}\n{last}", flush=True)
-            return False
+            if process.returncode < 0 or "out of memory" in last:
+                self.lost.add(job)
+            else:
+                write_json(out / "failed.json", {"exit_code": process.returncode, "log": last})
+            return
         pictures = ("curve.png", "gallery.png") if job.seed in (0, 100) else ()  # of one seed: OUT is to be small
         for name in (*pictures, "result.json"):  # the last one says that all are there
             if (run / name).is_file():
                 shutil.copyfile(run / name, out / name)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
         print(f"{job.part}, {job.name}: done", flush=True)
-        return True
 
     def settle_choice(self) -> None:
         """Write what `ours` is when the last training of the choice has ended."""
@@ -189,11 +214,16 @@ class Study:
             return
         jobs = jobs_of("choice")
         done, failed = ([job for job in jobs if self.has(job, name)] for name in ("result.json", "failed.json"))
-        if len(done) + len(failed) < len(jobs):
+        if not done or len(done) + len(failed) < len(jobs):  # where all have failed `ours` waits for ever
             return
         found = choose([self.read(job) for job in done], [job.name for job in failed])
         write_json(self.out / "chosen.json", {**evidence(), **found})
         print(f"chosen: {found['chosen']} ({100 * found['means'][found['chosen']]:.2f} % in disguise)", flush=True)
+
+
+def told(failed: Sequence[Job]) -> str:
+    """Of trainings that have failed."""
+    return f"; {len(failed)} have failed: {', '.join(job.name for job in failed)}" if failed else ""
 
 
 def began_on(work: Path) -> float:
@@ -208,6 +238,8 @@ def began_on(work: Path) -> float:
 def report(study: Study, to: Path) -> None:
     """One JSON file for each part that has figures; where it has targets, a table and a chart too."""
     record = evidence()
+    if study.failed:
+        print(f"left out{told(study.failed)}")
     for part in PARTS:
         jobs = [job for job in jobs_of(part) if study.has(job)]
         runs = [study.read(job) for job in jobs]

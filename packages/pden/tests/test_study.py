@@ -191,7 +191,25 @@ def test_a_training_that_fails_is_told_and_not_tried_again(tmp_path, capsys):
     assert runner.study.run() == 1 and len(runner.said()) == 1
     assert "exit code 1" in capsys.readouterr().out
     assert json.loads((runner.out / "baselines/augmix-seed1/failed.json").read_text())["exit_code"] == 1
-    assert runner.study.run() == 0
+    assert runner.study.run() == 1 and "1 have failed: augmix-seed1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("end", ["import os; os.kill(os.getpid(), 9)", "exit('CUDA out of memory')"])
+def test_a_training_that_was_killed_is_tried_again_by_the_next_command_alone(tmp_path, end):
+    runner = Runner(tmp_path, 0.0, lambda job: job == study.jobs_of("baselines")[0])
+    tries = []
+    runner.study.command = lambda job: tries.append(job) or [sys.executable, "-c", end]
+    assert runner.study.run() == 1 and len(tries) == 1 and not runner.said()
+    again = Runner(tmp_path, 0.0, lambda job: job == study.jobs_of("baselines")[0])
+    assert again.study.run() == 0 and len(again.said()) == 1
+
+
+def test_what_has_ended_when_time_is_over_is_kept(tmp_path, monkeypatch):
+    runner = Runner(tmp_path, 0.3, lambda job: job == study.jobs_of("baselines")[0], minutes=1 / 60)
+    monkeypatch.setattr(
+        runner.study, "collect_ended", lambda real=runner.study.collect_ended: time.sleep(1.2) or real()
+    )
+    assert runner.study.run() == 0 and len(runner.said()) == 1
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:

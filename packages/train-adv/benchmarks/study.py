@@ -30,11 +30,12 @@ Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm th
 `main`, `epsilons`, `everything` and `long` wait until no arm of `lambda` and `beta` is left, where these are asked for.
 An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
 
-The whole study on 2 GPUs: eleven leases of 27 minutes on paper, the same call on a fresh machine each time. Where a
+On 2 GPUs all but `long` is eleven leases on paper, each the same call with `--minutes 27` on a fresh machine. Where a
 command may not last so long, start it in the background, as what is cut off is compiled and recorded anew. OUT is many
-files: pack it. The arms of `long` take 35 minutes on paper; `plan long` tells after `speed` and the first arms of
-`main` what they take by measured seconds. One that is cut off goes on from its last epoch if WORK/gpu* is brought
-along, to the same place and without WORK/lease.json.
+files: pack it. The arms of `long` take 36 minutes on paper: `run long --minutes 37`, two at a time, on a machine that
+may be held so long; `plan long` tells after `speed` and the first arms of `main` what they take by measured seconds.
+One that is cut off goes on from its last epoch if WORK/gpu* is brought along, to the same place and without
+WORK/lease.json.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 def _differences(arm: str, own: dict[int, Any], other: str, theirs: dict[int, Any]) -> list[str]:
     lines = []
-    common = sorted(own.keys() & theirs.keys())
     for attack in ("natural", "pgd20", "apgd", "autoattack"):
-        if not common or not all(attack in own[seed] and attack in theirs[seed] for seed in common):
+        common = [seed for seed in sorted(own.keys() & theirs.keys()) if attack in own[seed] and attack in theirs[seed]]
+        if not common:
             continue
         result = paired_difference([(unpack(own[seed][attack]), unpack(theirs[seed][attack])) for seed in common])
         low, high = result["interval"]

@@ -113,6 +113,17 @@ def test_answers_survive_packing(modules):
         assert torch.equal(report.unpack(report.pack(right)), right)
 
 
+def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
+    _, _, report = modules
+    right = {seed: {"natural": report.pack(torch.rand(50, generator=torch.Generator().manual_seed(seed)) < 0.6)}
+             for seed in (0, 1)}  # fmt: skip
+    base = {"config": {}, "evaluation": {}, "judged_on": "", "seconds_per_epoch_after_the_first": None}
+    results = [{**base, "arm": "at", "training": {"seed": seed}, "answers": {"last": right[seed]}} for seed in (0, 1)]
+    results.append({**base, "arm": "at+train", "training": {"seed": 0}, "answers": {"last": right[1]}})
+    results.append({**base, "arm": "at+train", "training": {"seed": 1}, "answers": {}, "failed": "no number"})
+    assert "at+train - at, natural, seeds [0]:" in report.report(results)
+
+
 def quick() -> list[str]:
     """Options for arms of seconds, on a CPU too."""
     keys = {"data.name": '"digits"', "model": '"small-cnn"', "engine": '"eager"', "dtype": '"fp32"', "epochs": "1",

@@ -77,6 +77,18 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, m
     assert asked == [0, 1, 1] and torch.equal(again["pgd20"], whole["pgd20"])
 
 
+def test_chunks_of_another_size_share_no_answers(checkpoint, tmp_path, monkeypatch):
+    path, model = checkpoint
+    small = replace(SETTINGS, size=4)
+    evaluate(path, data(80), ["pgd20"], small, device=CPU, work=tmp_path, model=model)  # chunks of 40
+    monkeypatch.setattr(module, "_chunk_size", lambda name, settings: 20)
+    asked = []
+    real = Evaluator.survivors
+    monkeypatch.setattr(Evaluator, "survivors", lambda self, *rest: asked.append(rest[3]) or real(self, *rest))
+    evaluate(path, data(40), ["pgd20"], small, device=CPU, work=tmp_path, model=model)
+    assert asked == [0, 1]
+
+
 def test_other_settings_share_no_answers(checkpoint, tmp_path):
     path, model = checkpoint
     weak = evaluate(path, data(), ["fgsm"], replace(SETTINGS, epsilon=0.0), device=CPU, work=tmp_path, model=model)

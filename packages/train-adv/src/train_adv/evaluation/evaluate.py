@@ -90,6 +90,7 @@ def evaluate(
     key = {**asdict(settings), "data": data.name, "images": data.test.fingerprint(), "version": train_adv.__version__}
     for name in ("limit", "autoattack_limit"):
         del key[name]  # chunks are the same whatever the limit, but for the last one, which is checked below
+    key["chunks"] = [_chunk_size(name, settings) for name in ("autoattack", "pgd20")]  # which images a number means
     store = AnswerStore(work if work is not None else path.parent / "eval", path, key)
     evaluator = Evaluator(
         model.to(device).to(memory_format=torch.channels_last),

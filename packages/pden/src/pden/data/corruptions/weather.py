@@ -56,6 +56,8 @@ def frost(images: Tensor, level: int, rng: torch.Generator, textures: Path | Non
     kept, amount = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[level]
     side = images.shape[-1]
     sheets = _ice(rng) if textures is None else _photographs(textures, rng.device)
+    if min(size for sheet in sheets for size in sheet.shape[1:]) < side:
+        raise UsageError(f"a frost texture is smaller than the images, {side} pixels")
     crops = []
     # all drawn before the host asks for any: a GPU would be waited for three times an image
     for which, *corner in torch.rand(len(images), 3, generator=rng, device=rng.device).tolist():
