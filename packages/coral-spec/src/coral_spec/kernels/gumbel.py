@@ -1,4 +1,4 @@
-"""One sampled token for every node: noise, temperature and the largest sum in one pass over the logits.
+"""One sampled token for every node: noise, temperature and the largest sum of a chunk in one pass over the logits.
 
 The noise of `coral_spec.sampling` depends on the position of a token alone, which all nodes of a level share: a program
 makes a chunk of one level's noise once, in registers, and adds it to that level's rows. As operations of torch the
