@@ -46,7 +46,8 @@ def test_baselines_run_on_the_device(method):
 
 @pytest.mark.gpu
 def test_sgd_meets_the_projection_heads_first_gradient_in_a_round():
-    finish(make_trainer(torch.bfloat16, optimizer__kind="sgd", optimizer__momentum=0.9))
+    run = make_trainer(torch.bfloat16, optimizer__kind="sgd", optimizer__momentum=0.9)
+    assert finish(run)[-1] == "round" and torch.isfinite(weights(run)).all()
 
 
 @pytest.fixture
