@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--task", default="sample")
     parser.add_argument("--prompt", default="", help="its name in the set; the first, if not given")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rows", type=int, nargs="+", default=[*PIECES, 16, 33])
+    parser.add_argument("--rows", type=int, nargs="+", default=[*PIECES, 33])
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -37,7 +37,7 @@ def main() -> None:
     ids = model.encode(as_instruction(options.task, found[0].text))
     answer = model.generate(ids, max_new_tokens=options.max_new_tokens).token_ids
     reference, tables = reference_model(model.target.model), {}
-    for rows in sorted(set(options.rows)):
+    for rows in options.rows:
         distances = forward_distances(model.target.model, reference, ids, answer, [rows])
         largest = distances.topk(min(3, len(distances)))
         tables[rows] = [round(each, 4) for each in distances.tolist()]

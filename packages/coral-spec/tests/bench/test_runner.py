@@ -166,16 +166,21 @@ def test_a_token_that_noise_does_not_explain_is_a_bug(bench: Bench) -> None:
     assert ngram["identical"] == "bug" and ngram["bugs"] == 1
 
 
-def test_in_bf16_a_swap_of_two_close_tokens_is_a_tie() -> None:
-    bench = Bench.build(SETTINGS, load(tiny_target(dtype=torch.bfloat16), draft="none"))
-    records = measured(bench)
-    baseline = records["sample", "a", "ar"]
+def swap_closest(bench: Bench, method: int) -> tuple[list[int], list[int], int, list[int]]:
+    """Prompt a, a method's answer, where its two best tokens are closest, and the answer with the second one there."""
     ids = bench.encode("sample", TASKS["sample"][0])
-    answer = bench.methods[1].answer(ids, Request(max_new_tokens=12, record_logits=True))
+    answer = bench.methods[method].answer(ids, Request(max_new_tokens=12, record_logits=True))
     assert answer.logits is not None
     margins = answer.logits.topk(2, dim=-1)
     place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
-    swapped = [*baseline.ids[:place], int(margins.indices[place, 1]), *baseline.ids[place + 1 :]]
+    return ids, answer.ids, place, [*answer.ids[:place], int(margins.indices[place, 1]), *answer.ids[place + 1 :]]
+
+
+def test_in_bf16_a_swap_of_two_close_tokens_is_a_tie() -> None:
+    bench = Bench.build(SETTINGS, load(tiny_target(dtype=torch.bfloat16), draft="none"))
+    records = measured(bench)
+    _, answer, place, swapped = swap_closest(bench, 1)
+    assert answer == records["sample", "a", "ar"].ids
     other = replace(records["sample", "a", "ngram"], ids=swapped)
     judgement = judge_all(bench, TASKS, {**records, other.key: other})[other.key]
     assert judgement.position == place
@@ -189,13 +194,7 @@ def test_the_baselines_distance_is_that_of_the_whole_run() -> None:
         key: replace(record, noise=0.4, distance=0.6 if key[1] == "c" else 0.2)
         for key, record in measured(bench).items()
     }
-    swapped = [*records["sample", "a", "ar"].ids]
-    ids = bench.encode("sample", TASKS["sample"][0])
-    answer = bench.methods[1].answer(ids, Request(max_new_tokens=12, record_logits=True))
-    assert answer.logits is not None
-    margins = answer.logits.topk(2, dim=-1)
-    place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
-    swapped[place] = int(margins.indices[place, 1])
+    *_, swapped = swap_closest(bench, 1)
     for distance, again in ((1.0, False), (1.3, True)):  # farther than twice 0.2, but not than twice prompt c's
         other = replace(records["sample", "a", "ngram"], ids=swapped, distance=distance)
         judgement = judge_all(bench, TASKS, {**records, other.key: other})[other.key]
@@ -204,13 +203,8 @@ def test_the_baselines_distance_is_that_of_the_whole_run() -> None:
 
 def test_logits_may_be_as_far_from_fp32_as_the_models_own_forward_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench.build(SETTINGS, load(tiny_target(dtype=torch.bfloat16), draft="none"))
-    ids = bench.encode("sample", TASKS["sample"][0])
-    answer = bench.methods[2].answer(ids, Request(max_new_tokens=12, record_logits=True))
-    assert answer.logits is not None
-    margins = answer.logits.topk(2, dim=-1)
-    place = int((margins.values[:, 0] - margins.values[:, 1]).argmin())
-    swapped = [*answer.ids[:place], int(margins.indices[place, 1]), *answer.ids[place + 1 :]]
-    own = forward_distances(bench.model.target.model, bench.reference, ids, answer.ids)
+    ids, answer, _, swapped = swap_closest(bench, 2)
+    own = forward_distances(bench.model.target.model, bench.reference, ids, answer)
     usual = float(own.mean())  # of plain decoding, on another text
     records = {key: replace(record, noise=0.4, distance=usual) for key, record in measured(bench).items()}
     other = replace(records["sample", "a", "ngram"], ids=swapped, distance=3 * usual)
