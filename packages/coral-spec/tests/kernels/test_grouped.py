@@ -137,10 +137,11 @@ def test_two_programs_fit_a_multiprocessor_and_one_looks_at_every_tile(nodes, wi
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device; the interpreter has no bf16 products")
-@pytest.mark.parametrize("nodes", [1, 10, 16, 61])
-def test_in_bf16_the_best_are_as_good_as_fp32_says(nodes):
+@pytest.mark.parametrize("nodes", [1, 10, 16, 61, 64])
+@pytest.mark.parametrize("active", [[0, 3, 7], [5], list(range(8))], ids=["three groups", "one group", "all groups"])
+def test_in_bf16_the_best_are_as_good_as_fp32_says(nodes, active):
     features, slabs, ids, _ = problem(nodes, 8, 515, 576, 77, torch.bfloat16)
-    active = torch.tensor([0, 3, 7], device=DEVICE)
+    active = torch.tensor(active, device=DEVICE)
     log_probs, tokens = grouped_top(features, slabs, active, 10, ids=ids)
     wanted = expected(features, slabs, ids, active, 10, None)[0]
     torch.testing.assert_close(log_probs, wanted, rtol=2e-2, atol=2e-2)
