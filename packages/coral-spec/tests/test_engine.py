@@ -143,8 +143,9 @@ def test_a_round_that_was_interrupted_while_it_was_read_is_kept_when_growing(tmp
 
 def test_room_doubles_when_it_grows(tmp_path):
     session = drafting_model(clear_target("llama"), tmp_path).session(60)
-    session.reserve(61)
-    assert session.room == 120
+    room = session.room
+    session.reserve(room + 1)
+    assert 2 * room <= session.room < 2 * room + 64
 
 
 @pytest.mark.parametrize("shape", [TreeShape(6, 1, 3), TreeShape(4, 3, 12), TreeShape(5, 4, 5)])
@@ -177,3 +178,14 @@ def test_a_drafter_cannot_take_over_what_it_has_not_seen(tmp_path):
     session = load(target, draft="none").session(60)
     assert not session.redraft(drafting_model(target, tmp_path)._make_draft(TreeShape(2, 2, 4)))
     assert session.draft.shape is None
+
+
+@pytest.mark.parametrize(
+    ("draft", "shape"), [("none", None), ("ngram", TreeShape(6, 3, 18)), ("ngram", TreeShape(3, 4, 12))]
+)
+def test_slots_come_in_numbers_that_kernels_are_compiled_for_once(draft, shape):
+    session = load(clear_target("llama"), draft=draft, tree=shape).session(100)
+    assert session.capacity % 64 == 0 and session.room >= 100
+    session.prefill(PROMPT)
+    session.reserve(session.room + 1)
+    assert session.capacity % 64 == 0 and session.room > 100

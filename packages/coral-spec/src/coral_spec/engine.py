@@ -25,6 +25,9 @@ from coral_spec.tree import Acceptance, TreeShape, accept
 from expkit.errors import UsageError
 
 CAPTURED_PROMPT = 384  # longer prompts are read in larger pieces, operation by operation
+# Slots come in such numbers: Triton compiles attention once more for a capacity that 16 does not divide, and a tree's
+# margin is any number, so that plain rounds of a session which had drafted took seconds to begin.
+SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Session:
     def __init__(self, backbone: Backbone, draft: Draft, capacity: int) -> None:
         self.backbone, self.draft = backbone, draft
         self.device = backbone.target.device
-        self.capacity = capacity + self._margin
+        self.capacity = self._slots(capacity)
         self.cache = StaticCache(self.capacity)
         draft.resize(1, self.capacity, 0)
         self.lengths = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -69,6 +72,10 @@ class Session:
     def _margin(self) -> int:
         """Behind the last token that is asked for: rounds under way, or rows of a prompt's last replay."""
         return max(self.draft.slack + AHEAD * (self.draft.depth + 1), PROMPT_ROWS)
+
+    def _slots(self, capacity: int) -> int:
+        """For ``capacity`` tokens at least, and what rounds under way may write behind them."""
+        return -(-(capacity + self._margin) // SLOTS) * SLOTS
 
     def redraft(self, draft: Draft) -> bool:
         """Draft with ``draft`` from now on, keeping what is cached and captured; False where that can't be.
@@ -121,7 +128,7 @@ class Session:
             return
         capacity = max(capacity, min(2 * self.room, self.backbone.context_length))
         self.settle()
-        batch, filled, needed = self.history.shape[0], self._filled, capacity + self._margin
+        batch, filled, needed = self.history.shape[0], self._filled, self._slots(capacity)
         try:
             if self.graphs is not None:
                 self.graphs.forget()  # first, because buffers move

@@ -126,6 +126,26 @@ def test_a_session_grows_and_goes_on_with_captured_rounds(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rounds_without_drafting_need_nothing_compiled_anew(tmp_path):
+    """Where plain decoding has run, a session that stops drafting begins its plain rounds at once."""
+    hooks = pytest.importorskip("triton.knobs").runtime
+    target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
+    model = load(target, draft=str(save_drafter(target, tmp_path)), head="full")
+    plain = model.with_draft("none")
+    expected = plain.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids
+    model.tuner.shape = TreeShape(3, 5, 11)
+    model.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    model.tuner.shape, compiled = None, []
+    hooks.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
+    try:
+        assert model.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids == expected
+    finally:
+        hooks.jit_post_compile_hook = None
+    assert compiled == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_captured_rounds_tell_where_their_time_goes(tmp_path):
     target = tiny_target("llama", seed=CLEAR_SEEDS["llama"], device="cuda")
     model = load(target, draft=str(save_drafter(target, tmp_path)), tree=TreeShape(2, 2, 4))
