@@ -2,10 +2,11 @@
 
     python packages/coral-spec/benchmarks/study_report.py RESULTS --json OUT.json --curve CURVE.png
 
-RESULTS is WORK/results of `study.py`. Differences between recipes are paired: same seed, same prompt, and where they
-were measured in fp32 the same answer; sampled answers differ. Two 95 % intervals: one over other prompts, which
-resamples prompts within each set for the trainings that there are; and Student's over other trainings, from one mean
-difference a seed, which is wide for few seeds.
+RESULTS is WORK/results of `study.py`, or this package's results/study. Differences between recipes and between heads
+are paired: same seed, same prompt, and where they were measured in fp32 the same answer; sampled answers differ. Two
+95 % intervals: one over other prompts, which resamples prompts within each set for the trainings that there are; and
+Student's over other trainings, from one mean difference a seed, which is wide for few seeds. Logs of trainings are
+large and not kept: `--before` is an earlier report, from which those are taken that RESULTS has no longer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import statistics
 import tomllib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def mean_difference(taus: Taus, a: str, b: str, draw: random.Random | None) -> f
     return sum(means) / len(means)
 
 
-def compare(taus: Taus) -> dict[str, Any]:
+def compare(taus: Taus, pairs: Sequence[tuple[str, str]] = PAIRS) -> dict[str, Any]:
     """Mean tau of each recipe (per prompt, over sets and seeds) and the paired differences."""
     by_recipe: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (_, task, recipe), values in taus.items():
@@ -95,7 +96,7 @@ def compare(taus: Taus) -> dict[str, Any]:
         for recipe, tasks in by_recipe.items()
     }
     differences = {}
-    for a, b in PAIRS:
+    for a, b in pairs:
         if seeds_of(taus, a, b):
             draw = random.Random(SEED)
             samples = sorted(mean_difference(taus, a, b, draw) for _ in range(SAMPLES))
@@ -132,14 +133,16 @@ def student(values: Sequence[float]) -> list[float] | None:
     return [middle - half, middle + half]
 
 
-def simulated(results: Path, family: str) -> dict[str, Any]:
-    """Tokens per round on held-out answers, the same for all seeds, by recipe and seed; and their differences."""
+def simulated(lines: Mapping[str, dict[str, Any]], family: str) -> dict[str, Any]:
+    """Tokens per round on held-out answers, the same for all seeds, by recipe and seed; and their differences.
+
+    Args:
+        lines: of :func:`trainings`.
+    """
     found: dict[str, dict[int, float]] = {}
     for recipe in ("eagle2", "hass", "csra", "weight1"):
-        found[recipe] = {}
-        for path in sorted((results / "training").glob(f"{family}-{recipe}-[0-9]/metrics.jsonl")):
-            scores = [line["tau_sim"] for line in read_metrics(path) if "tau_sim" in line]
-            found[recipe][int(path.parent.name.rsplit("-", 1)[1])] = scores[-1]
+        names = {seed: f"{family}-{recipe}-{seed}" for seed in range(10)}
+        found[recipe] = {seed: lines[name]["tau_sim"] for seed, name in names.items() if name in lines}
     report: dict[str, Any] = {"tau": found}
     for a, b in PAIRS:
         each = [found[a][seed] - found[b][seed] for seed in sorted(set(found[a]) & set(found[b]))]
@@ -168,14 +171,45 @@ def heads(results: Path, family: str) -> list[dict[str, Any]]:
     return table
 
 
+def head_differences(results: Path, family: str) -> dict[str, Any] | None:
+    """A router against as many weights of the most frequent rows, and every head against the full one, paired."""
+    path = results / f"{family}-heads.json"
+    if not path.is_file():
+        return None
+    runs = json.loads(path.read_text())["runs"]
+    taus = {(0, run["task"], run["head"]): [each["tau"] for each in run["prompt_records"]] for run in runs}
+    rows = {run["head"]: run["rows_per_round"] for run in runs}
+    pairs = [(a, b) for a in rows for b in rows if a.startswith("routed") and b.isdecimal() and rows[a] == rows[b]]
+    return compare(taus, [*pairs, *((head, "full") for head in rows if head != "full")])
+
+
+def sampled(results: Path, family: str) -> dict[str, Any] | None:
+    """CORAL against EAGLE-2 at temperature 1, seed 0."""
+    taus: Taus = {}
+    for name in (f"{family}-eagle2-t1", f"{family}-recipes-seed0-t1", f"{family}-coral-t1"):
+        path = results / f"{name}.json"
+        for run in json.loads(path.read_text())["runs"] if path.is_file() else []:
+            taus[0, run["task"], run["method"]] = [each["tau"] for each in run["prompt_records"]]
+    return compare(taus, [("csra+router", "eagle2")]) if taus else None
+
+
 def speeds(results: Path, family: str) -> list[dict[str, Any]]:
-    """Tokens per second and speed-ups by set, method and head."""
+    """Tokens per second and speed-ups by set, method and head; with a tree that was asked for, a draft step's time.
+
+    A step is a level of the tree, drafter and head, the prompt's share of the drafter's time included.
+    """
     table = []
-    for path in sorted([*results.glob(f"{family}-speed-*.json"), *results.glob(f"{family}-cpu-*.json")]):
+    names = (f"{family}-speed-*", f"{family}-cpu-*", f"{family}-tree-auto-*")
+    for path in sorted({each for name in names for each in results.glob(f"{name}.json")}):
         found = json.loads(path.read_text())
+        tree = found["settings"]["tree"]
         for run in found["runs"]:
-            figures = {key: run[key] for key in ("task", "method", "tokens_per_second", "tau", "speedup", "time_split")}
-            table.append({"file": path.name, "head": found["settings"]["head"], **figures})
+            line = {key: run[key] for key in ("task", "method", "tokens_per_second", "tau", "speedup", "time_split")}
+            if re.fullmatch(r"\d+,\d+,\d+", str(tree)) and run["rounds"] and run["rows_per_round"]:
+                steps = run["rounds"] * int(str(tree).split(",")[0])
+                drafting = run["time_split"]["drafter"] + run["time_split"]["head"]
+                line["draft_step_milliseconds"] = 1000 * drafting / steps
+            table.append({"file": path.name, "head": found["settings"]["head"], "tree": tree, **line})
     return table
 
 
@@ -227,16 +261,20 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--curve", type=Path)
+    parser.add_argument("--before", type=Path, help="an earlier report")
     options = parser.parse_args()
-    report: dict[str, Any] = {"trainings": trainings(options.results)}
+    before: dict[str, Any] = json.loads(options.before.read_text()) if options.before else {}
+    report: dict[str, Any] = {"trainings": {**before.get("trainings", {}), **trainings(options.results)}}
     for family in TERMS:
         taus = read_taus(options.results, family)
         report[family] = {
             "recipes": compare(taus) if taus else None,
             f"recipes_first_{SHORT}_tokens": compare(read_taus(options.results, family, SHORT)) if taus else None,
             "looped": looped(options.results, family),
-            "simulated": simulated(options.results, family),
+            "sampled": sampled(options.results, family),
+            "simulated": simulated(report["trainings"], family),
             "heads": heads(options.results, family),
+            "head_differences": head_differences(options.results, family),
             "speed": speeds(options.results, family),
         }
         for name, value in (report[family]["recipes"] or {}).items():
