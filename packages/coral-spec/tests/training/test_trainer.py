@@ -213,6 +213,11 @@ def test_alignment_with_one_step_is_refused() -> None:
         load_config(TrainConfig, None, {"align_steps": 1, "csra.weight": 0.1})
 
 
+def test_alignment_with_one_step_to_the_target_is_said_to_be_a_loss() -> None:
+    with pytest.warns(UserWarning, match=r"csra\.weight is 3\.0 with one step: .*csra\.weight 0 leaves it out"):
+        load_config(TrainConfig, None, {"align_steps": 1, "csra.weight": 3.0, "csra.anchor": "target"})
+
+
 def test_accumulated_batches_and_several_processes_are_one_larger_batch(target: Target, data: Path) -> None:
     """Both average over all positions: two batches in turn, or on two processes whose gradients are averaged."""
     answers = Answers.read(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -285,6 +286,12 @@ class TrainConfig:
             f"csra.weight is {self.csra.weight}, but align_steps is 1: there is no other step to be aligned with; "
             'use align_steps of 2 or more, csra.anchor = "target", or csra.weight 0',
         )
+        if self.align_steps == 1 and self.csra.weight > 0:
+            warnings.warn(
+                f"csra.weight is {self.csra.weight} with one step: features are aligned with the target's alone, which "
+                "accepted less than no alignment where it was measured; csra.weight 0 leaves it out",
+                stacklevel=2,
+            )
         _require(0 < len(self.stages) == len(set(self.stages)), f"stages are {list(self.stages)}; name each once")
         if "data" in self.stages:
             self.answers.require_prompts()
