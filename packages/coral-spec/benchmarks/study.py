@@ -1,13 +1,14 @@
 """The study of CORAL: {SmolLM2-135M-Instruct, Gemma3-270M} x {EAGLE-2, HASS, HASS + CSRA, CORAL} and its settings.
 
     python packages/coral-spec/benchmarks/study.py --work WORK --plan
-    python packages/coral-spec/benchmarks/study.py --work WORK --lease smollm2-seed0 --minutes 24 --prompts PROMPTS
+    python packages/coral-spec/benchmarks/study.py --work WORK --gpus 4 --prompts P --lease smollm2-data,smollm2-seed0
 
-A lease of a GPU lasts about 25 minutes and starts bare, so the study is a list of leases, each with what it needs
-from those before it (`--plan` prints them with estimates). A step that has left its file is not done again, a command
-goes on where it was killed, and from the first step on that would not end within `--minutes` none is begun. What a
-later lease needs lies in WORK/keep, what is to be committed in WORK/results; WORK/runs (checkpoints) stays behind.
-With `--gpus 4` commands of a step run side by side, one on each; `--lease gemma3-data,gemma3-seed0` does two in a row.
+A lease of a GPU lasts about 25 minutes and starts bare, so the study is a list of leases, each of some jobs; `--plan`
+prints them with estimates. A job begins when those have ended whose folders its command names, on a GPU that it has for
+itself, the one with the longest work behind it first; none begins that would not end within `--minutes`. A job that has
+left its file is not done again, one that was killed goes on, and one that failed keeps back only what waits for it.
+`--only` takes jobs of any lease by patterns of what they leave. What a later lease needs lies in WORK/keep (a drafter
+may also be put there), what is to be committed in WORK/results; WORK/runs (checkpoints) stays behind.
 
 Leases: `-data` (answers), `-sweep` (the alignment's settings), `-seed0` to `-seed2` (recipes with equal steps),
 `-settings` (controls), `-router`, `-heads` (all at equal drafter; temperature 1; speed), `-bundled`; `cpu`.
@@ -16,119 +17,157 @@ Leases: `-data` (answers), `-sweep` (the alignment's settings), `-seed0` to `-se
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from expkit.device import visible_gpus
 from expkit.errors import UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from study_plan import Plan, Step
+from study_plan import Job, Plan, needs
 
 
-class Study(Plan):
-    """A plan that is run."""
+class Study:
+    """Jobs that are run.
 
-    def minutes(self, step: Step) -> float:
-        """Of a step on these GPUs."""
-        return step.minutes * math.ceil(len(step.commands) / len(self.gpus)) / len(step.commands)
+    Args:
+        plan: what there is to do.
+        gpus: each the CUDA_VISIBLE_DEVICES of the jobs on it.
+    """
 
-    def run(self, lease: str, ends: float) -> bool:
-        """Do what of a lease is left, up to the first step that does not fit, since later ones may need it.
+    def __init__(self, plan: Plan, gpus: Sequence[str] = ("0",)) -> None:
+        self.work, self.gpus, self.all = plan.work, gpus, plan.jobs()
+        self.needs = needs(self.all, plan.work)
 
-        Returns:
-            whether all of it is done.
-        """
-        for number in range(len(self.leases()[lease])):
-            step = self.leases()[lease][number]  # anew: where drafters lie depends on the steps before
-            if not all(self.done(out) for out in step.commands):
-                if time.monotonic() + 60 * self.minutes(step) > ends:
-                    print(f"left for another lease: {', '.join(step.commands)} ({self.minutes(step):g} minutes)")
-                    return False
-                self.do(step)
-            self.keep(step)
-        return True
+    def chosen(self, leases: Sequence[str], patterns: Sequence[str] = ()) -> list[Job]:
+        """Jobs of some leases, and those of any lease that leave a file of such a name."""
+        return [job for job in self.all if job.lease in leases or any(fnmatch(job.out, each) for each in patterns)]
 
-    def done(self, out: str) -> bool:
-        """Whether a command has left its file, in this lease or (a training, whose run stays behind) in an earlier."""
-        kept = self.work / "results" / "training" / Path(out).relative_to("runs") if out.startswith("runs/") else None
-        return (self.work / out).exists() or (kept is not None and kept.exists())
+    def done(self, job: Job) -> bool:
+        """Whether it has left its file, in this lease or (a training, whose run stays behind) in an earlier one."""
+        out, kept = Path(job.out), self.work / "results" / "training"
+        return (self.work / out).exists() or (out.parts[0] == "runs" and (kept / out.relative_to("runs")).exists())
 
-    def do(self, step: Step) -> None:
-        """Run a step's commands, one on each GPU; when one fails, the others end, and its last lines are the error."""
-        waiting = [(out, options) for out, options in step.commands.items() if not self.done(out)]
-        running: dict[str, tuple[Path, subprocess.Popen[bytes]]] = {}
-        failed: list[Path] = []
+    def lacks(self, job: Job) -> list[Job]:
+        """What must have ended before it: a drafter that lies among those that are kept may be from elsewhere."""
+        return [
+            each
+            for each in self.needs[job]
+            if not (self.done(each) or any((self.work / "keep" / name).is_dir() for name in each.keep.values()))
+        ]
+
+    def behind(self, job: Job, jobs: Sequence[Job]) -> float:
+        """Minutes until the last of what waits for it has ended, with GPUs enough."""
+        waiting = [each for each in jobs if job in self.needs[each]]
+        return job.minutes + max((self.behind(each, jobs) for each in waiting), default=0.0)
+
+    def run(self, jobs: Sequence[Job], ends: float) -> bool:
+        """Do these, but for those that would not end by then; returns whether all are done."""
+        for job in jobs:
+            if self.done(job):
+                self.keep(job)
+        waiting = [job for job in jobs if not self.done(job)]
+        running: dict[str, tuple[Job, Path, subprocess.Popen[bytes]]] = {}
+        failed: list[Job] = []
         (self.work / "results").mkdir(parents=True, exist_ok=True)
-        while running or (waiting and not failed):
-            for gpu, (log, process) in list(running.items()):
+        while True:
+            for gpu, (job, log, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[gpu]
-                    failed += [log] if process.returncode else []
+                    failed += [] if self.collect(job, log, process.returncode) else [job]
+            left = [job for job in waiting if time.monotonic() + 60 * job.minutes <= ends and not self.lacks(job)]
+            left.sort(key=lambda job: -self.behind(job, waiting))
             for gpu in self.gpus:
-                if waiting and not failed and gpu not in running:
-                    running[gpu] = self.start(*waiting.pop(0), gpu)
+                if left and gpu not in running:
+                    job = left.pop(0)
+                    waiting.remove(job)
+                    running[gpu] = (job, *self.start(job, gpu))
+            if not running:
+                break
             time.sleep(0.1)
-        if failed:
-            raise SystemExit("\n".join([f"{failed[0]}:", *failed[0].read_text().splitlines()[-12:]]))
-        for out, options in step.commands.items():
-            if options[0] == "data":
-                (self.work / out).touch()  # answers are complete when their command has ended
+        for job in waiting:
+            lacking = ", ".join(each.out for each in self.lacks(job))
+            print(f"left: {job.out} ({f'needs {lacking}' if lacking else f'{job.minutes:g} minutes'})", flush=True)
+        return not (waiting or failed)
 
-    def start(self, out: str, options: list[str], gpu: str) -> tuple[Path, subprocess.Popen[bytes]]:
-        """One command on one GPU, going on where it was killed; its log and its process."""
+    def start(self, job: Job, gpu: str) -> tuple[Path, subprocess.Popen[bytes]]:
+        """On one GPU, going on where it was killed; its log and its process."""
+        options = list(job.options)
         if options[0] == "train" and list((self.work / "runs" / options[options.index("--name") + 1]).glob("*")):
-            options = [*options, "--resume"]
-        log = self.work / "logs" / f"{out.replace('/', '_')}.log"
+            options.append("--resume")
+        log = self.work / "logs" / f"{job.out.replace('/', '_')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         own = {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "CUDA_VISIBLE_DEVICES": gpu}
         with log.open("a") as file:
             command = [sys.executable, "-m", "coral_spec", *options]
             return log, subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **own})
 
-    def keep(self, step: Step) -> None:
+    def collect(self, job: Job, log: Path, code: int) -> bool:
+        """Keep what it has left; its last lines are printed if it failed."""
+        if code:
+            print("\n".join([f"{log}: exit code {code}", *log.read_text().splitlines()[-12:]]), flush=True)
+            return False
+        if job.options[0] == "data":
+            (self.work / job.out).touch()  # answers are complete when their command has ended
+        self.keep(job)
+        print(f"done: {job.out}", flush=True)
+        return True
+
+    def keep(self, job: Job) -> None:
         """Copy what later leases and RESULTS.md need out of the runs."""
-        for source, name in step.keep.items():
+        for source, name in job.keep.items():
             if (self.work / source).is_dir():
                 shutil.copytree(self.work / source, self.work / "keep" / name, dirs_exist_ok=True)
-        for out in (each for each in step.commands if each.startswith("runs/")):
-            for run in {(self.work / out).parent, self.work / "runs" / Path(out).parts[1]}:  # of a stage, and before it
-                kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
-                kept.mkdir(parents=True, exist_ok=True)
-                for file in ("config.toml", "metrics.jsonl", "result.json", "curves.png"):
-                    if (run / file).is_file():
-                        shutil.copyfile(run / file, kept / file)
+        if not job.out.startswith("runs/"):
+            return
+        for run in {
+            (self.work / job.out).parent,
+            self.work / "runs" / Path(job.out).parts[1],
+        }:  # a stage's, and before it
+            kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
+            kept.mkdir(parents=True, exist_ok=True)
+            for file in ("config.toml", "metrics.jsonl", "result.json", "curves.png"):
+                if (run / file).is_file():
+                    shutil.copyfile(run / file, kept / file)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the study")
     parser.add_argument("--lease", default="", help="which part to do, or several, separated by commas")
-    parser.add_argument("--minutes", type=float, default=24.0, help="no step is begun that would not end by then")
-    parser.add_argument("--gpus", type=int, default=1, help="over how many commands of a step are spread")
+    parser.add_argument("--only", default="", metavar="PATTERNS", help="as results/smollm2-speed-*,runs/*-lowrank*")
+    parser.add_argument("--minutes", type=float, default=24.0, help="nothing is begun that would not end by then")
+    parser.add_argument("--gpus", type=int, default=1, help="how many to use, a job on each")
     parser.add_argument("--prompts", type=Path, help="JSON lines of prompts, for the leases of answers")
     parser.add_argument("--plan", action="store_true", help="print the leases and what of them is done")
     arguments = parser.parse_args()
     try:
-        study = Study(arguments.work, arguments.prompts, visible_gpus(arguments.gpus))
+        study = Study(Plan(arguments.work.resolve(), arguments.prompts), visible_gpus(arguments.gpus))
     except UsageError as error:
         parser.error(f"--gpus: {error}")
-    leases, wanted = study.leases(), arguments.lease.split(",")
-    if arguments.plan or not set(wanted) <= set(leases):
-        for name, steps in leases.items():
-            done = sum(all(study.done(out) for out in step.commands) for step in steps)
-            total = sum(map(study.minutes, steps))
-            print(f"{name:16} {total:5.0f} minutes, {done} of {len(steps)} steps done")
+    leases, wanted, patterns = (
+        list(dict.fromkeys(job.lease for job in study.all)),
+        *([each for each in text.split(",") if each] for text in (arguments.lease, arguments.only)),
+    )
+    if arguments.plan or not (wanted or patterns) or not set(wanted) <= set(leases):
+        for name in leases:
+            jobs = study.chosen([name])
+            done, total = sum(map(study.done, jobs)), sum(job.minutes for job in jobs)
+            print(f"{name:16} {total:5.0f} minutes of a GPU, {done} of {len(jobs)} jobs done")
         return 0 if arguments.plan else 2
-    if arguments.prompts is None and any(lease.endswith("-data") for lease in wanted):
+    jobs = study.chosen(wanted, patterns)
+    for pattern in patterns:
+        if not any(fnmatch(job.out, pattern) for job in jobs):
+            parser.error(f"--only: nothing leaves {pattern!r}")
+    if arguments.prompts is None and any("--prompts" in job.options for job in jobs):
         parser.error("answers need --prompts")
-    ends = time.monotonic() + 60 * arguments.minutes
-    return 0 if all(study.run(lease, ends) for lease in wanted) else 1
+    return 0 if study.run(jobs, time.monotonic() + 60 * arguments.minutes) else 1
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the study of CORAL does: commands, what each leaves, and the leases they are cut into. `study.py` runs them."""
+"""What the study of CORAL does: commands, what each leaves and needs, and the leases they belong to."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,24 +44,46 @@ GROUPINGS, GROUPS, ALWAYS = ("kmeans", "contiguous", "cooccurrence"), (64, 128, 
 CHOSEN_GROUPS, CHOSEN_ALWAYS = 128, 4
 SHARES = (0.0625, 0.125, 0.1875, 0.25)  # of the head's rows
 LOW_RANK_SHARES = (0.125, 0.25)
+POOLS = ("pool=sequence", "negatives=512", "negatives=8192")  # of the alignment's negatives; batch, 2,048 is the preset
 CPU_HEADS = ("full", "routed", "frequency")
 ROWS = {"smollm2": 49_152, "gemma3": 262_144}
 WIDTH = {"smollm2": 576, "gemma3": 640}
 
 
-@dataclass(frozen=True)
-class Step:
-    """Commands, and the files that they leave.
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One command.
 
     Attributes:
-        minutes: estimated, for all commands together.
-        commands: arguments of `coral-spec` by what each leaves, a path below WORK.
-        keep: folders that later leases need, by their path below WORK/keep.
+        lease: the part that it belongs to.
+        out: the file that it leaves, a path below WORK.
+        options: arguments of `coral-spec`.
+        minutes: estimated, with a GPU to itself.
+        keep: folders that others need, by their path below WORK, and where below WORK/keep they are copied.
     """
 
+    lease: str
+    out: str
+    options: tuple[str, ...]
     minutes: float
-    commands: dict[str, list[str]]
     keep: dict[str, str]
+
+    def makes(self) -> set[str]:
+        """Folders below WORK that other commands may name."""
+        return {str(Path(self.out).parent), *(f"keep/{name}" for name in self.keep.values())}
+
+    def names(self, work: Path) -> set[str]:
+        """Everything below WORK that its arguments name."""
+        parts = [part for option in self.options for part in re.split("[=,]", option)]
+        return {str(Path(part).relative_to(work)) for part in parts if Path(part).is_relative_to(work)}
+
+
+def needs(jobs: Iterable[Job], work: Path) -> dict[Job, list[Job]]:
+    """For each the jobs whose folders it names, so that it begins after them."""
+    makers = {folder: job for job in jobs for folder in job.makes()}
+    return {
+        job: [makers[name] for name in sorted(job.names(work) & set(makers)) if makers[name] is not job] for job in jobs
+    }
 
 
 class Plan:
@@ -69,38 +92,65 @@ class Plan:
     Args:
         work: the folder.
         prompts: of the answers.
-        gpus: over which commands of a step are spread.
     """
 
-    def __init__(self, work: Path, prompts: Path | None, gpus: Sequence[str] = ("0",)) -> None:
-        self.work, self.prompts, self.gpus = work, prompts, gpus
+    def __init__(self, work: Path, prompts: Path | None) -> None:
+        self.work, self.prompts = work, prompts
 
-    def leases(self) -> dict[str, list[Step]]:
-        """Steps by lease, in the order of the plan."""
-        found: dict[str, list[Step]] = {}
+    def jobs(self) -> list[Job]:
+        """All of them, in the order of the plan."""
+        found: list[Job] = []
+
+        def add(lease: str, minutes: float, commands: dict[str, list[str]], keep: dict[str, str] | None = None) -> None:
+            for out, options in commands.items():
+                own = {path: name for path, name in (keep or {}).items() if Path(path).parts[1] == Path(out).parts[1]}
+                found.append(Job(lease, out, tuple(options), minutes, own))
+
         for family in MODELS:
-            answers = {out: each for name in ANSWERS[family] for out, each in self.answers(family, name).items()}
-            found[f"{family}-data"] = self.batches(answers, 4)
-            if family == "smollm2":
-                found[f"{family}-sweep"] = self.csra_sweep(family)
-            for seed in range(SEEDS if family == "smollm2" else 1):
-                found[f"{family}-seed{seed}"] = [self.recipes(family, seed), self.acceptance(family, seed)]
-            if family == "smollm2":
-                found[f"{family}-settings"] = self.settings(family)
-            found[f"{family}-router"] = [*self.router_sweep(family), self.active_groups(family)]
-            found[f"{family}-heads"] = [
-                self.heads(family),
-                self.equal_heads(family),
-                self.sampled(family),
-                *self.speed(family),
-            ]
-            if family == "smollm2":
-                found[f"{family}-bundled"] = self.bundled(family)
-        found["cpu"] = self.cpu()
+            small = family == "smollm2"
+            for name in ANSWERS[family]:
+                add(f"{family}-data", 3.5, self.answers(family, name))
+            if small:
+                add(f"{family}-sweep", 1.2, self.csra_sweep(family))
+            for seed in range(SEEDS if small else 1):
+                lease = f"{family}-seed{seed}"
+                for recipe, minutes in zip(RECIPES, (4, 6, 8) if small else (7, 9, 11), strict=True):
+                    add(lease, minutes, self.recipe(family, recipe, seed), self.keep(f"{family}-{recipe}-{seed}"))
+                add(lease, 3, self.acceptance(family, seed))
+            if small:
+                for recipe, seed in (
+                    (recipe, seed) for recipe, (_, _, seeds) in SETTINGS.items() for seed in range(seeds)
+                ):
+                    lease = f"{family}-settings"
+                    add(lease, 8, self.setting(family, recipe, seed), self.keep(f"{family}-{recipe}-{seed}"))
+                    add(lease, 1.5, self.setting_acceptance(family, recipe, seed))
+            trial = f"{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}"
+            add(
+                f"{family}-router",
+                1,
+                self.router_sweep(family),
+                {f"runs/{trial}/drafter": f"drafters/{family}-trial-0"},
+            )
+            add(f"{family}-router", 4, self.active_groups(family))
+            for name in [f"{family}-coral-0", *(f"{family}-lowrank{rank}-0" for rank in self.ranks(family))]:
+                add(f"{family}-heads", 2 if small else 4.5, self.head(family, name), self.keep(name))
+            add(f"{family}-heads", 3, self.equal_heads(family))
+            add(f"{family}-heads", 1, self.sampled(family))
+            add(f"{family}-heads", 2, self.speed(family))
+            if small:
+                add(f"{family}-bundled", 6, self.answers(family, OWN))
+                add(f"{family}-bundled", 16, self.bundled(family), self.keep(f"{family}-bundled-0"))
+                add(f"{family}-bundled", 1.5, self.bundled_acceptance(family))
+        add("cpu", 0.6, self.cpu())
         return found
 
     def path(self, *parts: str) -> str:
         return str(self.work.joinpath(*parts))
+
+    @staticmethod
+    def keep(name: str) -> dict[str, str]:
+        """The drafter of a run."""
+        return {f"runs/{name}/drafter": f"drafters/{name}"}
 
     def answers(self, family: str, name: str) -> dict[str, list[str]]:
         """One sample of every prompt at one temperature."""
@@ -125,26 +175,20 @@ class Plan:
             options += ["--data", self.path("keep/answers", f"{family}-{each}")]
         return {f"runs/{name}/result.json": [*options, *settings]}
 
-    def recipes(self, family: str, seed: int) -> Step:
-        """The three recipes with equal steps."""
-        names = {recipe: f"{family}-{recipe}-{seed}" for recipe in RECIPES}
-        commands = {}
-        for recipe, name in names.items():
-            weight = ["--set", f"csra.weight={WEIGHT[family]}"] if recipe == "csra" else []
-            steps = ["--stages", "drafter", "--steps", str(STEPS[family])]
-            commands |= self.training(family, name, RECIPES[recipe], seed, *steps, *weight)
-        keep = {f"runs/{name}/drafter": f"drafters/{name}" for name in names.values()} if seed == 0 else {}
-        return Step(16 if family == "smollm2" else 27, commands, keep)
+    def recipe(self, family: str, recipe: str, seed: int) -> dict[str, list[str]]:
+        """One of the three recipes, with equal steps."""
+        weight = ["--set", f"csra.weight={WEIGHT[family]}"] if recipe == "csra" else []
+        steps = ["--stages", "drafter", "--steps", str(STEPS[family])]
+        return self.training(family, f"{family}-{recipe}-{seed}", RECIPES[recipe], seed, *steps, *weight)
 
     def drafters(self, family: str, seed: int, recipes: Sequence[str] = tuple(RECIPES)) -> list[str]:
-        """Options that name drafters, as they lie in this lease or in what earlier ones have kept."""
-        options = []
-        for recipe in recipes:
-            name = f"{family}-{recipe}-{seed}"
-            fresh = self.work / "runs" / name / "drafter"
-            folder = fresh if fresh.is_dir() else self.work / "keep/drafters" / name
-            options += ["--draft", f"{LABELS.get(recipe, recipe)}={folder}"]
-        return options
+        """Options that name kept drafters."""
+        names = {LABELS.get(recipe, recipe): f"{family}-{recipe}-{seed}" for recipe in recipes}
+        return [part for label, name in names.items() for part in ("--draft", f"{label}={self.drafter(name)}")]
+
+    def drafter(self, name: str) -> str:
+        """The folder of a kept drafter."""
+        return self.path("keep/drafters", name)
 
     def evaluation(self, family: str, name: str, *options: str, limit: int = 40) -> dict[str, list[str]]:
         """Acceptance by four processes, by what it leaves."""
@@ -152,65 +196,65 @@ class Plan:
         common = ["eval", "--model", MODELS[family], *SETS, "--limit", str(limit), "--workers", "4"]
         return {out: [*common, "--json", self.path(out), "--plot", self.path(out[:-5] + ".png"), *options]}
 
-    def acceptance(self, family: str, seed: int) -> Step:
+    def acceptance(self, family: str, seed: int) -> dict[str, list[str]]:
         """All recipes with the full head: tau and acceptance per depth."""
         options = [*self.drafters(family, seed), "--head", "full"]
         greedy = self.evaluation(family, f"recipes-seed{seed}-t0", *options, *GREEDY)
         if family == "smollm2":
-            return Step(3, greedy, {})
-        return Step(5, {**self.evaluation(family, f"recipes-seed{seed}-t1", *options, *TERMS[family]), **greedy}, {})
+            return greedy
+        return {**self.evaluation(family, f"recipes-seed{seed}-t1", *options, *TERMS[family]), **greedy}
 
-    def settings(self, family: str) -> list[Step]:
+    def setting(self, family: str, recipe: str, seed: int) -> dict[str, list[str]]:
         """CSRA's best weights at full length, and its alignment to the target with EAGLE-2's one step."""
-        commands, evaluations, keep = {}, {}, {}
-        for recipe, (preset, weight, seeds) in SETTINGS.items():
-            settings = {"weight": weight, "anchor": "target", "temperature": 0.07}
-            flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
-            for seed in range(seeds):
-                name = f"{family}-{recipe}-{seed}"
-                commands |= self.training(family, name, preset, seed, "--stages", "drafter", *flags)
-                keep[f"runs/{name}/drafter"] = f"drafters/{name}"
-                if preset == "coral":
-                    options = [*self.drafters(family, seed, (recipe,)), "--head", "full", *TERMS[family]]
-                    evaluations |= self.evaluation(family, f"{recipe}-seed{seed}-t0", *options)
-        return [*self.batches(commands, 6, keep), *self.batches(evaluations, 1)]
+        preset, weight, _ = SETTINGS[recipe]
+        settings = {"weight": weight, "anchor": "target", "temperature": 0.07}
+        flags = [part for key, value in settings.items() for part in ("--set", f"csra.{key}={value}")]
+        return self.training(family, f"{family}-{recipe}-{seed}", preset, seed, "--stages", "drafter", *flags)
 
-    def bundled(self, family: str) -> list[Step]:
+    def setting_acceptance(self, family: str, recipe: str, seed: int) -> dict[str, list[str]]:
+        """Of such a drafter with several steps."""
+        if SETTINGS[recipe][0] != "coral":
+            return {}
+        options = [*self.drafters(family, seed, (recipe,)), "--head", "full", *TERMS[family]]
+        return self.evaluation(family, f"{recipe}-seed{seed}-t0", *options)
+
+    def bundled(self, family: str) -> dict[str, list[str]]:
         """The drafter and router that the package has: more answers, more steps."""
         name = f"{family}-bundled-0"
         stages = ["--stages", "drafter,router", "--steps", str(LONG), "--set", "evaluation.every=2000"]
         made = self.training(family, name, "coral", 0, *stages, answers=(*ANSWERS[family], OWN))
-        keep = {f"runs/{name}/drafter": f"drafters/{name}"}
+        return {f"runs/{name}/router/result.json": next(iter(made.values()))}
+
+    def bundled_acceptance(self, family: str) -> dict[str, list[str]]:
         options = [*self.drafters(family, 0, ("csra", "bundled")), "--head", "full", "--head", "16384", *TERMS[family]]
         routed = [*self.drafters(family, 0, ("bundled",)), "--head", "routed", *TERMS[family]]
-        return [
-            *self.batches(self.answers(family, OWN), 6),
-            Step(16, {f"runs/{name}/router/result.json": next(iter(made.values()))}, keep),
-            Step(2, self.evaluation(family, "bundled-t0", *options), {}),
-            Step(1, self.evaluation(family, "bundled-routed-t0", *routed), {}),
-        ]
+        return {
+            **self.evaluation(family, "bundled-t0", *options),
+            **self.evaluation(family, "bundled-routed-t0", *routed),
+        }
 
-    def sampled(self, family: str) -> Step:
+    def sampled(self, family: str) -> dict[str, list[str]]:
         """EAGLE-2, where its acceptance was measured greedily only, and CORAL at temperature 1."""
         options = [*self.drafters(family, 0, ("eagle2",)), "--head", "full", "--temperature", "1"]
         routed = [*self.drafters(family, 0, ("coral",)), "--head", "routed", "--temperature", "1"]
         evaluations = self.evaluation(family, "eagle2-t1", *options) if family == "smollm2" else {}
-        return Step(2, {**evaluations, **self.evaluation(family, "coral-t1", *routed)}, {})
+        return {**evaluations, **self.evaluation(family, "coral-t1", *routed)}
 
-    def csra_sweep(self, family: str) -> list[Step]:
-        """One setting changed at a time, and weight with temperature; HASS beside them."""
-        settings = ("stop_gradient=false", "anchor=first", "weight=0.1", "temperature=0.07")
-        open_gradient = [part for each in settings for part in ("--set", f"csra.{each}")]
-        short = ["--stages", "drafter", "--steps", "1500"]
-        commands = self.training(family, f"{family}-sweep-first-open", "coral", 0, *short, *open_gradient)
+    def csra_sweep(self, family: str) -> dict[str, list[str]]:
+        """One setting changed at a time, and weight with temperature; HASS beside them; then the preset's negatives."""
+        tried = {"first-open": ["stop_gradient=false", "anchor=first", "weight=0.1", "temperature=0.07"]}
         for anchor, weight, temperature in CSRA:
-            name = f"{family}-sweep-{anchor}-{weight:g}-{temperature:g}"
-            settings = [f"csra.anchor={anchor}", f"csra.weight={weight}", f"csra.temperature={temperature}"]
-            flags = [part for each in settings for part in ("--set", each)]
-            commands |= self.training(family, name, "coral", 0, *short, *flags)
-        return self.batches(commands, 1)
+            name = f"{anchor}-{weight:g}-{temperature:g}"
+            tried[name] = [f"anchor={anchor}", f"weight={weight}", f"temperature={temperature}"]
+        tried |= {setting.replace("=", "-"): [setting] for setting in POOLS}
+        commands: dict[str, list[str]] = {}
+        for name, settings in tried.items():
+            flags = [part for each in settings for part in ("--set", f"csra.{each}")]
+            short = ["--stages", "drafter", "--steps", "1500"]
+            commands |= self.training(family, f"{family}-sweep-{name}", "coral", 0, *short, *flags)
+        return commands
 
-    def router_sweep(self, family: str) -> list[Step]:
+    def router_sweep(self, family: str) -> dict[str, list[str]]:
         """Grouping, number of groups, and how many are always read, one changed at a time."""
         tried = [(grouping, GROUPS[0], ALWAYS[0]) for grouping in GROUPINGS]
         tried += [(GROUPINGS[0], groups, ALWAYS[0]) for groups in GROUPS]
@@ -223,31 +267,24 @@ class Plan:
             flags = [part for key, value in settings.items() for part in ("--set", f"router.{key}={value}")]
             made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "router"), *flags)
             commands[f"runs/{name}/router/result.json"] = next(iter(made.values()))
-        keep = {f"runs/{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}/drafter": f"drafters/{family}-trial-0"}
-        steps = self.batches(commands, 1)
-        return [*steps[:-1], Step(steps[-1].minutes, steps[-1].commands, keep)]
+        return commands
 
     def on_the_drafter(self, family: str, stage: str) -> list[str]:
-        return ["--stages", stage, "--drafter", self.path("keep/drafters", f"{family}-csra-0")]
+        return ["--stages", stage, "--drafter", self.drafter(f"{family}-csra-0")]
 
-    def active_groups(self, family: str) -> Step:
+    def active_groups(self, family: str) -> dict[str, list[str]]:
         """tau by active groups and score scale, on fewer prompts."""
-        options = [*self.drafters(family, 0, ("trial",)), *TERMS[family]]
+        options = [*self.drafters(family, 0, ("trial",)), "--head", "full", *TERMS[family]]
         for share, scores in itertools.product(SHARES, ("renormalised", "hierarchical")):
             options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]},{scores}"]
-        return Step(6, self.evaluation(family, "active-groups", *options, limit=10), {})
+        return self.evaluation(family, "active-groups", *options, limit=10)
 
-    def heads(self, family: str) -> Step:
-        """The chosen router and low-rank heads, each trained in full on the CSRA drafter of seed 0."""
-        commands, keep = {}, {}
-        for stage, ranks in (("router", [0]), ("low-rank", [self.rank(family, share) for share in LOW_RANK_SHARES])):
-            for rank in ranks:
-                name = f"{family}-{f'lowrank{rank}' if rank else 'coral'}-0"
-                flags = ["--set", f"low_rank.rank={rank}"] if rank else []
-                made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, stage), *flags)
-                commands[f"runs/{name}/{stage}/result.json"] = next(iter(made.values()))
-                keep[f"runs/{name}/drafter"] = f"drafters/{name}"
-        return Step(4, commands, keep)
+    def head(self, family: str, name: str) -> dict[str, list[str]]:
+        """The chosen router or a low-rank head, trained in full on the CSRA drafter of seed 0."""
+        rank = re.search(r"lowrank(\d+)", name)
+        stage, flags = ("low-rank", ["--set", f"low_rank.rank={rank[1]}"]) if rank else ("router", [])
+        made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, stage), *flags)
+        return {f"runs/{name}/{stage}/result.json": next(iter(made.values()))}
 
     def rows(self, family: str, share: float) -> int:
         """Head rows with as many weights as a router that reads this share, and what it reads."""
@@ -257,7 +294,11 @@ class Plan:
         """Of a low-rank head with as many weights."""
         return round(self.rows(family, share) * WIDTH[family] / (ROWS[family] + WIDTH[family]))
 
-    def equal_heads(self, family: str) -> Step:
+    def ranks(self, family: str) -> list[int]:
+        """Of the low-rank heads."""
+        return [self.rank(family, share) for share in LOW_RANK_SHARES]
+
+    def equal_heads(self, family: str) -> dict[str, list[str]]:
         """All heads at equal drafter and tree, and with equal weights, those of the router counted."""
         limit = 20 if family == "smollm2" else 40
         options = [*self.drafters(family, 0, ("coral",)), "--head", "full"]
@@ -265,37 +306,47 @@ class Plan:
             options += ["--head", f"routed:{round(CHOSEN_GROUPS * share) - CHOSEN_ALWAYS}"]
             options += ["--head", str(self.rows(family, share))]
         commands = self.evaluation(family, "heads", *options, *TERMS[family], limit=limit)
-        for rank in [self.rank(family, share) for share in LOW_RANK_SHARES]:
+        for rank in self.ranks(family):
             low_rank = [*self.drafters(family, 0, (f"lowrank{rank}",)), "--head", "low-rank", *TERMS[family]]
             commands |= self.evaluation(family, f"heads-lowrank{rank}", *low_rank, limit=limit)
-        return Step(5, commands, {})
+        return commands
 
-    def speed(self, family: str) -> list[Step]:
-        """Speed alone on the machine: full head for all recipes, then the same drafter with the other heads."""
-        steps = []
-        named = ",".join(each for each in self.drafters(family, 0, ("eagle2", "hass", "csra")) if "=" in each)
-        coral = ",".join(each for each in self.drafters(family, 0, ("coral",)) if "=" in each)
-        wanted = {"full": f"ar,hf-compiled,hf,{named}", "routed": f"ar,{coral}", "frequency": f"ar,{coral}"}
-        for head, methods in wanted.items():
-            out = f"results/{family}-speed-{head}.json"
-            options = ["bench", "--model", MODELS[family], *SETS, "--limit", "10", "--max-new-tokens", "128"]
-            options += ["--methods", methods, "--head", head, "--tree", "6,10,60", "--json", self.path(out)]
-            options += [] if family == "smollm2" else TERMS[family]
-            steps.append(Step(3, {out: [*options, "--plot", self.path(out[:-5] + ".png")]}, {}))
-        return steps
+    def speed(self, family: str) -> dict[str, list[str]]:
+        """Each alone on its GPU: full head for all recipes, then the same drafter with the other heads.
 
-    def cpu(self) -> list[Step]:
+        SmolLM2's at temperature 1 too, and with longer answers to more prompts, which end to end is what counts.
+        """
+        full = [f"{recipe}={self.drafter(f'{family}-{recipe}-0')}" for recipe in RECIPES]
+        coral = f"{LABELS['coral']}={self.drafter(f'{family}-coral-0')}"
+        small, sampled = family == "smollm2", ("--temperature", "1")
+        terms = () if small else TERMS[family]
+        tried: dict[str, tuple[str, list[str], tuple[str, ...]]] = {
+            "full": ("full", ["hf-compiled", "hf", *full], terms),
+            "routed": ("routed", [coral], terms),
+            "frequency": ("frequency", [coral], terms),
+        }
+        for rank in self.ranks(family):
+            low_rank = f"lowrank{rank}={self.drafter(f'{family}-lowrank{rank}-0')}"
+            tried[f"lowrank{rank}"] = ("low-rank", [low_rank], terms)
+        if small:
+            tried |= {"t1-full": ("full", full, sampled), "t1-routed": ("routed", [coral], sampled)}
+            tried |= {"long-full": ("full", full[1:], ()), "long-routed": ("routed", [coral], ())}
+            tried |= {"long-frequency": ("frequency", [coral], ())}
+        commands = {}
+        for name, (head, methods, more) in tried.items():
+            out = f"results/{family}-speed-{name}.json"
+            size = ("40", "256") if name.startswith("long") else ("10", "128")
+            options = ["bench", "--model", MODELS[family], *SETS, "--limit", size[0], "--max-new-tokens", size[1]]
+            options += ["--methods", ",".join(["ar", *methods]), "--head", head, "--tree", "6,10,60", *more]
+            commands[out] = [*options, "--json", self.path(out), "--plot", self.path(out[:-5] + ".png")]
+        return commands
+
+    def cpu(self) -> dict[str, list[str]]:
         """Gemma on two cores with the drafter in this repository: heads with their own and with equal trees, thrice."""
-        steps = []
+        commands = {}
         for number, temperature, tree, head in itertools.product("123", "01", ("auto", "2,2,3"), CPU_HEADS):
             out = f"results/gemma3-cpu-t{temperature}-{tree.replace(',', '')}-{head}-{number}.json"
             options = ["bench", "--model", MODELS["gemma3"], "--tasks", "sample", "--limit", "4", "--device", "cpu"]
             options += ["--methods", "ar,coral", "--head", head, "--tree", tree, "--max-new-tokens", "96"]
-            steps.append(Step(0.6, {out: [*options, "--temperature", temperature, "--json", self.path(out)]}, {}))
-        return steps
-
-    def batches(self, commands: dict[str, list[str]], minutes: float, keep: dict[str, str] | None = None) -> list[Step]:
-        """Steps of as many commands as there are GPUs; ``minutes`` is that of one command."""
-        every = list(commands.items())
-        parts = [every[at : at + len(self.gpus)] for at in range(0, len(every), len(self.gpus))]
-        return [Step(minutes * len(part), dict(part), keep or {}) for part in parts]
+            commands[out] = [*options, "--temperature", temperature, "--json", self.path(out)]
+        return commands

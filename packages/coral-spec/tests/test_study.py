@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -30,10 +32,15 @@ def values(options: list[str], name: str) -> list[str]:
     return [options[at + 1] for at, each in enumerate(options) if each == name]
 
 
+def made(work: Path, gpus: tuple[str, ...] = ("0",), prompts: Path | None = None) -> Any:
+    """The study in a folder."""
+    module = load_study()
+    return module.Study(module.Plan(work, prompts), gpus)
+
+
 @pytest.fixture
 def commands(tmp_path: Path) -> list[list[str]]:
-    study = load_study().Study(tmp_path, tmp_path / "prompts.jsonl")
-    found = [options for steps in study.leases().values() for step in steps for options in step.commands.values()]
+    found = [list(job.options) for job in made(tmp_path, prompts=tmp_path / "prompts.jsonl").all]
     for options in found:
         for each in [*values(options, "--draft"), *",".join(values(options, "--methods")).split(",")]:
             if "=" in each:
@@ -60,45 +67,100 @@ def test_settings_of_trainings_are_known(commands: list[list[str]]) -> None:
         load_config(TrainConfig, Path(values(options, "--config")[0]), {**settings, **flags})
 
 
+def test_nothing_that_a_command_names_is_missing_and_all_leave_different_files(tmp_path: Path) -> None:
+    study = made(tmp_path)
+    assert len({job.out for job in study.all}) == len(study.all) > 100
+    kept = {f"keep/{name}" for job in study.all for name in job.keep.values()}
+    for job in study.all:
+        asked = {name for name in job.names(tmp_path) if name.startswith("keep/") and name not in job.makes()}
+        answers = {name for name in asked if name.startswith("keep/answers")}
+        assert asked - answers <= kept, job.out
+        assert len(study.needs[job]) == len(asked), job.out
+
+
+def test_evaluations_wait_for_trainings_and_these_for_answers(tmp_path: Path) -> None:
+    study = made(tmp_path)
+    jobs = {job.out: job for job in study.all}
+    first = jobs["runs/smollm2-hass-0/result.json"]
+    assert [each.out for each in study.lacks(first)] == [f"keep/answers/smollm2-t0{n}/complete" for n in (0, 8)]
+    speed = jobs["results/smollm2-speed-t1-full.json"]
+    recipes = [f"runs/smollm2-{recipe}-0/result.json" for recipe in ("csra", "eagle2", "hass")]
+    assert [each.out for each in study.lacks(speed)] == recipes
+    (tmp_path / "keep/drafters/smollm2-hass-0").mkdir(parents=True)  # from elsewhere
+    assert [each.out for each in study.lacks(speed)] == recipes[:2]
+
+
 def test_a_training_of_an_earlier_lease_needs_no_run_here(tmp_path: Path) -> None:
-    study = load_study().Study(tmp_path, tmp_path / "prompts.jsonl")
-    step = study.heads("smollm2")
-    for out in step.commands:
-        kept = tmp_path / "results/training" / Path(out).relative_to("runs")
+    study = made(tmp_path)
+    jobs = study.chosen((), ["runs/smollm2-lowrank*", "runs/smollm2-coral*"])
+    assert len(jobs) == 3
+    for job in jobs:
+        kept = tmp_path / "results/training" / Path(job.out).relative_to("runs")
         kept.parent.mkdir(parents=True)
         kept.touch()
-    study.do(step)
-    assert not (tmp_path / "runs").exists()
+    assert study.run(jobs, ends=0.0)
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "logs").exists()
 
 
-def test_nothing_is_begun_after_a_step_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = load_study().Study(tmp_path, None)
-    assert not study.run("smollm2-seed0", ends=0.0)
-    assert capsys.readouterr().out.count("left for another lease") == 1
+def test_nothing_is_begun_that_would_not_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = made(tmp_path)
+    jobs = study.chosen(["smollm2-data", "smollm2-seed0"])
+    assert not study.run(jobs, ends=0.0)
+    out = capsys.readouterr().out
+    assert out.count("left: ") == len(jobs) == 6
+    assert "left: keep/answers/smollm2-t00/complete (3.5 minutes)" in out
+    assert "runs/smollm2-hass-0/result.json (needs keep/answers/smollm2-t00/complete, keep/answers/smollm2-t08" in out
     assert not (tmp_path / "logs").exists()
 
 
-def test_commands_of_a_step_are_spread_over_gpus_and_one_that_fails_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"  # stands in for a training: says which GPU it sees, and fails where it is told to
-    python.write_text('#!/bin/sh\necho "gpu $CUDA_VISIBLE_DEVICES"\n[ "$3" = good ] || exit 1\nsleep 0.5\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+@pytest.fixture
+def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for a command: notes which GPU it sees, and when, and fails where it is told to."""
+    file = tmp_path / "python"
+    file.write_text(
+        f'#!/bin/sh\necho "$3 $CUDA_VISIBLE_DEVICES" >> {tmp_path}/begun\necho "gpu $CUDA_VISIBLE_DEVICES"\n'
+        f'[ "$3" = bad ] && exit 3\nsleep 0.5\n'
+        'for each; do last=$each; done\nmkdir -p "$(dirname "$last")"; touch "$last"\n'
+    )
+    file.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(file))
+    return file
+
+
+def study_of(work: Path, jobs: list[tuple[str, str, float, tuple[str, ...]]], gpus: tuple[str, ...]) -> Any:
+    """Jobs of a name, a file, minutes, and the folders below WORK that they name."""
     module = load_study()
-    study = module.Study(tmp_path, None, ["5", "7"])
-    study.do(module.Step(1, {name: ["good"] for name in ("a", "b", "c")}, {}))
-    seen = {name: (tmp_path / f"logs/{name}.log").read_text() for name in ("a", "b", "c")}
-    assert seen["a"] == "gpu 5\n" and seen["b"] == "gpu 7\n" and seen["c"] in (seen["a"], seen["b"])
-    with pytest.raises(SystemExit, match=r"bad\.log:\ngpu 5"):
-        study.do(module.Step(1, {"bad": ["bad"], "other": ["good"], "never": ["good"]}, {}))
-    assert (tmp_path / "logs/other.log").is_file() and not (tmp_path / "logs/never.log").exists()
+    found = [
+        module.Job("lease", out, (name, *(str(work / each) for each in named), str(work / out)), minutes, {})
+        for name, out, minutes, named in jobs
+    ]
+    plan = module.Plan(work, None)
+    plan.jobs = lambda: found
+    return module.Study(plan, gpus)
 
 
-def test_drafters_of_settings_are_kept_for_their_evaluation(tmp_path: Path) -> None:
-    steps = load_study().Study(tmp_path, None).settings("smollm2")
-    kept = {f"{tmp_path}/keep/{folder}" for step in steps for folder in step.keep.values()}
-    asked = {
-        each.partition("=")[2] for step in steps for out in step.commands.values() for each in values(out, "--draft")
-    }
-    assert asked and asked <= kept
+@pytest.mark.usefixtures("python")
+def test_what_most_waits_for_begins_first_and_each_has_a_gpu_for_itself(tmp_path: Path) -> None:
+    jobs = [
+        ("short", "a/1", 1.0, ()),
+        ("before", "b/1", 1.0, ()),
+        ("long", "c/1", 2.0, ()),
+        ("after", "d/1", 5.0, ("b",)),
+    ]
+    study = study_of(tmp_path, jobs, ("5", "7"))
+    assert study.run(study.all, time.monotonic() + 600)
+    begun = [line.split() for line in (tmp_path / "begun").read_text().splitlines()]
+    assert {each[0] for each in begun[:2]} == {"before", "long"} and {each[1] for each in begun[:2]} == {"5", "7"}
+    assert {each[0] for each in begun[2:]} == {"after", "short"}
+
+
+@pytest.mark.usefixtures("python")
+def test_a_job_that_fails_is_told_and_keeps_back_only_what_waits_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [("bad", "a/1", 1.0, ()), ("never", "b/1", 1.0, ("a",)), ("good", "c/1", 1.0, ())]
+    study = study_of(tmp_path, jobs, ("5",))
+    assert not study.run(study.all, time.monotonic() + 600)
+    out = capsys.readouterr().out
+    assert "a_1.log: exit code 3\ngpu 5" in out and "left: b/1 (needs a/1)" in out and "done: c/1" in out
+    assert "never" not in (tmp_path / "begun").read_text()
