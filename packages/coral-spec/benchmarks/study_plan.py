@@ -68,6 +68,12 @@ class Job:
     minutes: float
     keep: dict[str, str]
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing may run beside it: it takes the processor, or is bound by the host."""
+        methods = [self.options[at + 1].split(",") for at, each in enumerate(self.options) if each == "--methods"]
+        return self.options[0] == "bench" and ("cpu" in self.options or any("hf" in each for each in methods))
+
     def makes(self) -> set[str]:
         """Folders below WORK that other commands may name."""
         return {str(Path(self.out).parent), *(f"keep/{name}" for name in self.keep.values())}
@@ -331,10 +337,10 @@ class Plan:
         if small:
             tried |= {"t1-full": ("full", full, sampled), "t1-routed": ("routed", [coral], sampled)}
             tried |= {"long-full": ("full", full[1:], ()), "long-routed": ("routed", [coral], ())}
-            tried |= {"long-frequency": ("frequency", [coral], ())}
+            tried |= {"long-auto": ("auto", [coral], ())}
         commands = {}
         for name, (head, methods, more) in tried.items():
-            out = f"results/{family}-speed-{name}.json"
+            out = f"results/{family}-{'' if name.startswith('long') else 'speed-'}{name}.json"
             size = ("40", "256") if name.startswith("long") else ("10", "128")
             options = ["bench", "--model", MODELS[family], *SETS, "--limit", size[0], "--max-new-tokens", size[1]]
             options += ["--methods", ",".join(["ar", *methods]), "--head", head, "--tree", "6,10,60", *more]

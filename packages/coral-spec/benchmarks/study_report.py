@@ -199,7 +199,7 @@ def speeds(results: Path, family: str) -> list[dict[str, Any]]:
     A step is a level of the tree, drafter and head, the prompt's share of the drafter's time included.
     """
     table = []
-    names = (f"{family}-speed-*", f"{family}-cpu-*", f"{family}-tree-auto-*")
+    names = [f"{family}-{each}-*" for each in ("speed", "long", "cpu", "tree-auto")]
     for path in sorted({each for name in names for each in results.glob(f"{name}.json")}):
         found = json.loads(path.read_text())
         tree = found["settings"]["tree"]

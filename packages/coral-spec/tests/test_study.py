@@ -115,12 +115,13 @@ def test_nothing_is_begun_that_would_not_end(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stands in for a command: notes which GPU it sees, and when, and fails where it is told to."""
+    """Stands in for a command: notes its arguments, fails where it is told to, leaves its file and then works on."""
     file = tmp_path / "python"
     file.write_text(
-        f'#!/bin/sh\necho "$3 $CUDA_VISIBLE_DEVICES" >> {tmp_path}/begun\necho "gpu $CUDA_VISIBLE_DEVICES"\n'
-        f'[ "$3" = bad ] && exit 3\nsleep 0.5\n'
-        'for each; do last=$each; done\nmkdir -p "$(dirname "$last")"; touch "$last"\n'
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $@" >> {tmp_path}/begun\necho "gpu $CUDA_VISIBLE_DEVICES"\n'
+        '[ "$4" = bad ] && exit 3\nfor each; do last=$each; done\n'
+        '[ "$last" = --resume ] || { mkdir -p "$(dirname "$last")/drafter"; touch "$last"; }\n'
+        f'sleep 0.5\necho "$4 ended" >> {tmp_path}/begun\n'
     )
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(file))
@@ -128,15 +129,22 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def study_of(work: Path, jobs: list[tuple[str, str, float, tuple[str, ...]]], gpus: tuple[str, ...]) -> Any:
-    """Jobs of a name, a file, minutes, and the folders below WORK that they name."""
+    """Jobs of a name, a file, minutes, and the folders below WORK that they name; runs have a drafter to be kept."""
     module = load_study()
-    found = [
-        module.Job("lease", out, (name, *(str(work / each) for each in named), str(work / out)), minutes, {})
-        for name, out, minutes, named in jobs
-    ]
+    found = []
+    for name, out, minutes, named in jobs:
+        keep = {f"{Path(out).parent}/drafter": f"drafters/{name}"} if out.startswith("runs/") else {}
+        kind = "train" if keep else "eval"
+        options = (kind, name, *(str(work / each) for each in named), "--name", name, str(work / out))
+        found.append(module.Job("lease", out, options, minutes, keep))
     plan = module.Plan(work, None)
     plan.jobs = lambda: found
     return module.Study(plan, gpus)
+
+
+def events(work: Path) -> list[list[str]]:
+    """Lines of GPU and arguments of what begins, and of what has ended."""
+    return [line.split() for line in (work / "begun").read_text().splitlines()]
 
 
 @pytest.mark.usefixtures("python")
@@ -149,9 +157,47 @@ def test_what_most_waits_for_begins_first_and_each_has_a_gpu_for_itself(tmp_path
     ]
     study = study_of(tmp_path, jobs, ("5", "7"))
     assert study.run(study.all, time.monotonic() + 600)
-    begun = [line.split() for line in (tmp_path / "begun").read_text().splitlines()]
-    assert {each[0] for each in begun[:2]} == {"before", "long"} and {each[1] for each in begun[:2]} == {"5", "7"}
-    assert {each[0] for each in begun[2:]} == {"after", "short"}
+    begun = [line for line in events(tmp_path) if line[-1] != "ended"]
+    assert {each[4] for each in begun[:2]} == {"before", "long"} and {each[0] for each in begun[:2]} == {"5", "7"}
+    assert {each[4] for each in begun[2:]} == {"after", "short"}
+
+
+@pytest.mark.usefixtures("python")
+def test_what_has_left_its_file_and_runs_on_is_waited_for(tmp_path: Path) -> None:
+    jobs = [("drafter", "runs/drafter/result.json", 1.0, ()), ("after", "b/1", 1.0, ("keep/drafters/drafter",))]
+    study = study_of(tmp_path, jobs, ("5", "7"))
+    assert study.run(study.all, time.monotonic() + 600)
+    assert [line[0] if line[-1] == "ended" else line[4] for line in events(tmp_path)] == [
+        *("drafter", "drafter", "after", "after"),
+    ]
+    assert (tmp_path / "keep/drafters/drafter").is_dir()
+
+
+@pytest.mark.usefixtures("python")
+def test_a_run_that_was_killed_goes_on_and_a_drafter_from_elsewhere_stays(tmp_path: Path) -> None:
+    jobs = [("killed", "runs/killed/result.json", 1.0, ()), ("after", "b/1", 1.0, ("keep/drafters/other",))]
+    study = study_of(tmp_path, [*jobs, ("other", "runs/other/result.json", 1.0, ())], ("5",))
+    (tmp_path / "runs/killed/checkpoints").mkdir(parents=True)
+    (tmp_path / "keep/drafters/other").mkdir(parents=True)
+    (tmp_path / "keep/drafters/other/mine").touch()
+    assert study.run(study.all[:2], time.monotonic() + 600)
+    begun = {line[4]: line for line in events(tmp_path) if line[-1] != "ended"}
+    assert begun["killed"][-1] == "--resume" and set(begun) == {"killed", "after"}
+    (tmp_path / "runs/other/drafter").mkdir(parents=True)
+    (tmp_path / "runs/other/result.json").touch()
+    assert study.run(study.all[2:], time.monotonic() + 600)
+    assert (tmp_path / "keep/drafters/other/mine").exists()
+
+
+def test_an_old_folder_of_results_without_its_drafters_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobs = [("drafter", "runs/drafter/result.json", 1.0, ()), ("after", "b/1", 1.0, ("keep/drafters/drafter",))]
+    study = study_of(tmp_path, jobs, ("5",))
+    (tmp_path / "results/training/drafter").mkdir(parents=True)
+    (tmp_path / "results/training/drafter/result.json").touch()
+    assert not study.run(study.all, time.monotonic() + 600)
+    assert "left: b/1 (needs runs/drafter/result.json)" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("python")
@@ -164,3 +210,29 @@ def test_a_job_that_fails_is_told_and_keeps_back_only_what_waits_for_it(
     out = capsys.readouterr().out
     assert "a_1.log: exit code 3\ngpu 5" in out and "left: b/1 (needs a/1)" in out and "done: c/1" in out
     assert "never" not in (tmp_path / "begun").read_text()
+
+
+def test_only_what_the_host_bounds_has_the_machine_for_itself(tmp_path: Path) -> None:
+    alone = {job.out for job in made(tmp_path).all if job.alone}
+    assert {"results/smollm2-speed-full.json", "results/gemma3-speed-full.json"} <= alone
+    assert len([out for out in alone if "-cpu-" in out]) == len(alone) - 2 == 36
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--lease", "smollm2-dat"], "there is no 'smollm2-dat'"),
+        (["--only", "results/nothing-*"], "nothing leaves 'results/nothing-*'"),
+        ([], "nothing is asked for"),
+        (["--lease", "smollm2-data"], "answers need --prompts"),
+        (["--gpus", "99", "--plan"], "99 GPUs"),
+    ],
+)
+def test_what_cannot_be_done_is_told(
+    options: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(sys, "argv", ["study.py", "--work", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as ended:
+        load_study().main()
+    assert ended.value.code == 2 and told in capsys.readouterr().err
