@@ -11,6 +11,7 @@ but shows that the script works.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,15 @@ def main() -> None:
             took = problem.step(head, width)
             full = took if head == "full" else full
             read = problem.drafter_bytes + made.rows * row_bytes
-            rows.append({"nodes": width, "head": head, "rows": made.rows, "bytes": read, "microseconds": took})
+            rows.append(
+                {
+                    "nodes": width,
+                    "head": head,
+                    "rows": made.rows,
+                    "bytes": read,
+                    "microseconds": None if math.isnan(took) else took,
+                }
+            )
             out.add_row(str(width), head, f"{read / 1e6:.0f}", f"{took:.1f}", f"{took / full:.2f}")
     Console(width=100).print(out)
     if options.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -236,3 +237,39 @@ def test_what_cannot_be_done_is_told(
     with pytest.raises(SystemExit) as ended:
         load_study().main()
     assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_the_report_pairs_heads_of_equal_weights_and_keeps_what_an_earlier_one_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    import study_report
+
+    taus = {"full": [4.0, 5.0, 3.0], "routed:4": [3.9, 4.8, 3.0], "640": [3.7, 4.7, 3.1], "900": [3.8, 4.8, 3.1]}
+    rows = {"full": 9000.0, "routed:4": 640.0, "640": 640.0, "900": 900.0}
+    same = {"router_recall": None, "tau": 4.0}
+    runs = [
+        {
+            "task": task,
+            "head": head,
+            "rows_per_round": rows[head],
+            "prompt_records": [{"tau": x + y} for x in each],
+            **same,
+        }
+        for task, y in (("a", 0.0), ("b", 1.0))
+        for head, each in taus.items()
+    ]
+    (tmp_path / "smollm2-heads.json").write_text(json.dumps({"runs": runs}))
+    found = study_report.head_differences(tmp_path, "smollm2")["differences"]
+    assert set(found) == {"routed:4 - 640", "routed:4 - full", "640 - full", "900 - full"}
+    assert found["routed:4 - 640"]["mean"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)
+    low, high = found["routed:4 - 640"]["interval_95_prompts"]
+    assert -0.1 <= low < found["routed:4 - 640"]["mean"] < high <= 0.2
+    before = {"trainings": {"smollm2-hass-0": {"tau_sim": 3.0}, "smollm2-eagle2-0": {"tau_sim": 2.5}}}
+    (tmp_path / "before.json").write_text(json.dumps(before))
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path), "--json", str(out), "--before", str(tmp_path / "before.json")])
+    study_report.main()
+    report = json.loads(out.read_text())
+    assert report["trainings"] == before["trainings"]
+    assert report["smollm2"]["simulated"]["hass - eagle2"]["mean"] == pytest.approx(0.5)

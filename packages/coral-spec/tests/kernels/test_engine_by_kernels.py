@@ -133,8 +133,9 @@ def test_rounds_without_drafting_need_nothing_compiled_anew(tmp_path):
     model = load(target, draft=str(save_drafter(target, tmp_path)), head="full")
     plain = model.with_draft("none")
     expected = plain.generate(PROMPT, max_new_tokens=40, ignore_eos=True).token_ids
-    model.tuner.shape = TreeShape(3, 5, 11)
+    model.tuner.shape = TreeShape(6, 10, 60)  # needs 75 slots behind the last token
     model.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+    assert model._idle is not None and model._idle.capacity % 16 == 0
     model.tuner.shape, compiled = None, []
     hooks.jit_post_compile_hook = lambda *, fn, **_: compiled.append(fn.name)
     try:

@@ -27,7 +27,7 @@ NEEDED = (
 FREQUENT_ROWS = {"cpu": 8192, "cuda": 16384}
 FEWEST_ROWS = 64
 WORTH_ROUTING = 0.1  # share of a draft step's weights that a router must spare
-SMALLEST_GROUP = 2**21  # weights: with 0.2 and 1.3 million (both that were measured) a static head is no slower
+SMALLEST_GROUP = 2**21  # weights: with 0.2 and 1.3 million the static head of FREQUENT_ROWS was at least as fast
 
 
 @dataclass(frozen=True)
