@@ -211,13 +211,13 @@ class LowRankConfig:
 
     Attributes:
         rank: of the two factors; 0 is a quarter of the width.
-        steps, max_minutes, lr: as for the drafter.
+        steps, max_minutes, lr: as for the drafter; the rate was the best of a short trial (RESULTS.md, "Heads").
     """
 
     rank: int = 0
     steps: int = 1000
     max_minutes: float = 0.0
-    lr: float = 2e-4
+    lr: float = 4e-3
 
     def __post_init__(self) -> None:
         _require(self.rank >= 0, f"low_rank.rank is {self.rank}; it must be 0 or more")
