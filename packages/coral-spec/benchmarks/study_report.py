@@ -35,16 +35,32 @@ SHORT = 64  # tokens: long answers of small models repeat themselves
 Taus = dict[tuple[int, str, str], list[float]]  # by seed, task and recipe: one for each prompt
 
 
+def require_same_prompts(runs: Sequence[dict[str, Any]]) -> None:
+    """Runs are paired by their prompts' places, so these must be the same.
+
+    Raises:
+        ValueError: two runs of a set have not.
+    """
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        prompts = [each["prompt"] for each in run["prompt_records"]]
+        if found.setdefault(run["task"], prompts) != prompts:
+            raise ValueError(f"{run['task']} was not measured on the same prompts everywhere: nothing can be paired")
+
+
 def read_taus(results: Path, family: str, most: int | None = None) -> Taus:
     """Per-prompt tau of all recipes and weights; of the first ``most`` tokens of each answer, if given."""
     found: Taus = {}
+    runs: list[dict[str, Any]] = []
     for path in sorted(results.glob(f"{family}-*-seed*-{TERMS[family]}.json")):
         seed = int(re.findall(r"seed(\d+)", path.name)[0])
         for run in json.loads(path.read_text())["runs"]:
+            runs.append(run)
             records = run["prompt_records"]
             found[seed, run["task"], run["method"]] = [
                 each["tau"] if most is None else tau_of(each["accept_lengths"], most) for each in records
             ]
+    require_same_prompts(runs)
     return found
 
 
@@ -177,6 +193,7 @@ def head_differences(results: Path, family: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     runs = json.loads(path.read_text())["runs"]
+    require_same_prompts(runs)
     taus = {(0, run["task"], run["head"]): [each["tau"] for each in run["prompt_records"]] for run in runs}
     rows = {run["head"]: run["rows_per_round"] for run in runs}
     pairs = [(a, b) for a in rows for b in rows if a.startswith("routed") and b.isdecimal() and rows[a] == rows[b]]
@@ -186,10 +203,13 @@ def head_differences(results: Path, family: str) -> dict[str, Any] | None:
 def sampled(results: Path, family: str) -> dict[str, Any] | None:
     """CORAL against EAGLE-2 at temperature 1, seed 0."""
     taus: Taus = {}
+    runs: list[dict[str, Any]] = []
     for name in (f"{family}-eagle2-t1", f"{family}-recipes-seed0-t1", f"{family}-coral-t1"):
         path = results / f"{name}.json"
         for run in json.loads(path.read_text())["runs"] if path.is_file() else []:
+            runs.append(run)
             taus[0, run["task"], run["method"]] = [each["tau"] for each in run["prompt_records"]]
+    require_same_prompts(runs)
     return compare(taus, [("csra+router", "eagle2")]) if taus else None
 
 

@@ -253,7 +253,7 @@ def test_the_report_pairs_heads_of_equal_weights_and_keeps_what_an_earlier_one_h
             "task": task,
             "head": head,
             "rows_per_round": rows[head],
-            "prompt_records": [{"tau": x + y} for x in each],
+            "prompt_records": [{"prompt": str(at), "tau": x + y} for at, x in enumerate(each)],
             **same,
         }
         for task, y in (("a", 0.0), ("b", 1.0))
@@ -265,6 +265,8 @@ def test_the_report_pairs_heads_of_equal_weights_and_keeps_what_an_earlier_one_h
     assert found["routed:4 - 640"]["mean"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)
     low, high = found["routed:4 - 640"]["interval_95_prompts"]
     assert -0.1 <= low < found["routed:4 - 640"]["mean"] < high <= 0.2
+    with pytest.raises(ValueError, match="a was not measured on the same prompts everywhere"):
+        study_report.require_same_prompts([*runs, {**runs[0], "prompt_records": runs[0]["prompt_records"][:2]}])
     before = {"trainings": {"smollm2-hass-0": {"tau_sim": 3.0}, "smollm2-eagle2-0": {"tau_sim": 2.5}}}
     (tmp_path / "before.json").write_text(json.dumps(before))
     out = tmp_path / "out.json"
