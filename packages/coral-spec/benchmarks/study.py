@@ -35,6 +35,8 @@ from expkit.errors import UsageError
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from study_plan import Job, Plan, needs
 
+STOPPING = 20  # seconds that a job may take to end
+
 
 class Study:
     """Jobs that are run.
@@ -101,6 +103,7 @@ class Study:
                     job = left.pop(0)
                     waiting.remove(job)
                     running[gpu] = (job, *self.start(job, gpu))
+                    print(f"begun on GPU {gpu}: {job.out}, log {running[gpu][1]}", flush=True)
                 if not running:
                     break
                 time.sleep(0.1)
@@ -108,7 +111,10 @@ class Study:
             for _, _, process in running.values():
                 process.terminate()
             for _, _, process in running.values():
-                process.wait()
+                try:
+                    process.wait(STOPPING)
+                except subprocess.TimeoutExpired:
+                    process.kill()
         for job in waiting:
             lacking = ", ".join(each.out for each in self.lacks(job, [*waiting, *failed]))
             print(f"left: {job.out} ({f'needs {lacking}' if lacking else f'{job.minutes:g} minutes'})", flush=True)

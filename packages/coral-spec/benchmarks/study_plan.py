@@ -124,22 +124,19 @@ class Plan:
                     add(lease, minutes, self.recipe(family, recipe, seed), self.keep(f"{family}-{recipe}-{seed}"))
                 add(lease, 3, self.acceptance(family, seed))
             if small:
-                for recipe, seed in (
-                    (recipe, seed) for recipe, (_, _, seeds) in SETTINGS.items() for seed in range(seeds)
-                ):
-                    lease = f"{family}-settings"
-                    add(lease, 8, self.setting(family, recipe, seed), self.keep(f"{family}-{recipe}-{seed}"))
-                    add(lease, 1.5, self.setting_acceptance(family, recipe, seed))
+                lease = f"{family}-settings"
+                for recipe, (_, _, seeds) in SETTINGS.items():
+                    for seed in range(seeds):
+                        add(lease, 8, self.setting(family, recipe, seed), self.keep(f"{family}-{recipe}-{seed}"))
+                        add(lease, 1.5, self.setting_acceptance(family, recipe, seed))
             trial = f"{family}-router-{GROUPINGS[0]}-{GROUPS[0]}-{ALWAYS[0]}"
-            add(
-                f"{family}-router",
-                1,
-                self.router_sweep(family),
-                {f"runs/{trial}/drafter": f"drafters/{family}-trial-0"},
-            )
+            kept = {f"runs/{trial}/drafter": f"drafters/{family}-trial-0"}
+            add(f"{family}-router", 1, self.router_sweep(family), kept)
             add(f"{family}-router", 4, self.active_groups(family))
-            for name in [f"{family}-coral-0", *(f"{family}-lowrank{rank}-0" for rank in self.ranks(family))]:
-                add(f"{family}-heads", 2 if small else 4.5, self.head(family, name), self.keep(name))
+            minutes = 2 if small else 4.5
+            add(f"{family}-heads", minutes, self.router(family), self.keep(f"{family}-coral-0"))
+            for rank in self.ranks(family):
+                add(f"{family}-heads", minutes, self.low_rank(family, rank), self.keep(f"{family}-lowrank{rank}-0"))
             add(f"{family}-heads", 3, self.equal_heads(family))
             add(f"{family}-heads", 1, self.sampled(family))
             add(f"{family}-heads", 2, self.speed(family))
@@ -285,12 +282,17 @@ class Plan:
             options += ["--head", f"routed:{round(GROUPS[0] * share) - ALWAYS[0]},{scores}"]
         return self.evaluation(family, "active-groups", *options, limit=10)
 
-    def head(self, family: str, name: str) -> dict[str, list[str]]:
-        """The chosen router or a low-rank head, trained in full on the CSRA drafter of seed 0."""
-        rank = re.search(r"lowrank(\d+)", name)
-        stage, flags = ("low-rank", ["--set", f"low_rank.rank={rank[1]}"]) if rank else ("router", [])
-        made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, stage), *flags)
-        return {f"runs/{name}/{stage}/result.json": next(iter(made.values()))}
+    def router(self, family: str) -> dict[str, list[str]]:
+        """The chosen one, trained in full on the CSRA drafter of seed 0."""
+        name = f"{family}-coral-0"
+        made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "router"))
+        return {f"runs/{name}/router/result.json": next(iter(made.values()))}
+
+    def low_rank(self, family: str, rank: int) -> dict[str, list[str]]:
+        """A head of low rank on the same drafter."""
+        name, flags = f"{family}-lowrank{rank}-0", ["--set", f"low_rank.rank={rank}"]
+        made = self.training(family, name, "coral", 0, *self.on_the_drafter(family, "low-rank"), *flags)
+        return {f"runs/{name}/low-rank/result.json": next(iter(made.values()))}
 
     def rows(self, family: str, share: float) -> int:
         """Head rows with as many weights as a router that reads this share, and what it reads."""

@@ -17,6 +17,7 @@ from coral_spec.check.noise import (
     forward_distances,
     is_far,
     judge,
+    largest_distance,
     logit_distance,
     margin_noise,
     position_distances,
@@ -84,7 +85,7 @@ class _Pair:
 
     @property
     def distance(self) -> float:
-        return float(self.distances.max()) if len(self.distances) else 0.0
+        return largest_distance(self.distances)
 
 
 def check_greedy(

@@ -216,7 +216,11 @@ def margin_noise(working: Tensor, reference: Tensor) -> float:
 
 def logit_distance(working: Tensor, reference: Tensor) -> float:
     """Largest of :func:`position_distances`; 0 for an answer of one token."""
-    distances = position_distances(working, reference)
+    return largest_distance(position_distances(working, reference))
+
+
+def largest_distance(distances: Tensor) -> float:
+    """Of :func:`position_distances`; 0 for an answer of one token."""
     return float(distances.max()) if len(distances) else 0.0
 
 

@@ -286,7 +286,7 @@ class TrainConfig:
             f"csra.weight is {self.csra.weight}, but align_steps is 1: there is no other step to be aligned with; "
             'use align_steps of 2 or more, csra.anchor = "target", or csra.weight 0',
         )
-        if self.align_steps == 1 and self.csra.weight > 0:
+        if "drafter" in self.stages and self.align_steps == 1 and self.csra.weight > 0:
             warnings.warn(
                 f"csra.weight is {self.csra.weight} with one step: features are aligned with the target's alone, which "
                 "accepted less than no alignment where it was measured; csra.weight 0 leaves it out",
