@@ -188,15 +188,19 @@ def heads(results: Path, family: str) -> list[dict[str, Any]]:
 
 
 def head_differences(results: Path, family: str) -> dict[str, Any] | None:
-    """A router against as many weights of the most frequent rows, and every head against the full one, paired."""
+    """A router against other heads of as many weights, and every head against the full one, paired."""
     path = results / f"{family}-heads.json"
     if not path.is_file():
         return None
     runs = json.loads(path.read_text())["runs"]
+    for other in sorted(results.glob(f"{family}-heads-*.json")):  # of low rank, each a drafter's folder of its own
+        runs += [{**run, "head": run["method"]} for run in json.loads(other.read_text())["runs"]]
     require_same_prompts(runs)
     taus = {(0, run["task"], run["head"]): [each["tau"] for each in run["prompt_records"]] for run in runs}
     rows = {run["head"]: run["rows_per_round"] for run in runs}
-    pairs = [(a, b) for a in rows for b in rows if a.startswith("routed") and b.isdecimal() and rows[a] == rows[b]]
+    routed = [head for head in rows if head.startswith("routed")]
+    # ranks are whole numbers, so that weights are equal to a percent only
+    pairs = [(a, b) for b in rows if b not in ("full", *routed) for a in routed if abs(rows[a] / rows[b] - 1) < 0.01]
     return compare(taus, [*pairs, *((head, "full") for head in rows if head != "full")])
 
 

@@ -85,10 +85,10 @@ def test_evaluations_wait_for_trainings_and_these_for_answers(tmp_path: Path) ->
     first = jobs["runs/smollm2-hass-0/result.json"]
     assert [each.out for each in study.lacks(first)] == [f"keep/answers/smollm2-t0{n}/complete" for n in (0, 8)]
     speed = jobs["results/smollm2-speed-t1-full.json"]
-    recipes = [f"runs/smollm2-{recipe}-0/result.json" for recipe in ("csra", "eagle2", "hass")]
+    recipes = [f"runs/smollm2-{recipe}-0/result.json" for recipe in ("csra", "eagle2")]
     assert [each.out for each in study.lacks(speed)] == recipes
-    (tmp_path / "keep/drafters/smollm2-hass-0").mkdir(parents=True)  # from elsewhere
-    assert [each.out for each in study.lacks(speed)] == recipes[:2]
+    (tmp_path / "keep/drafters/smollm2-eagle2-0").mkdir(parents=True)  # from elsewhere
+    assert [each.out for each in study.lacks(speed)] == recipes[:1]
 
 
 def test_a_training_of_an_earlier_lease_needs_no_run_here(tmp_path: Path) -> None:
@@ -260,8 +260,14 @@ def test_the_report_pairs_heads_of_equal_weights_and_keeps_what_an_earlier_one_h
         for head, each in taus.items()
     ]
     (tmp_path / "smollm2-heads.json").write_text(json.dumps({"runs": runs}))
+    low = [
+        {**run, "head": "low-rank", "method": "rank8", "rows_per_round": 637.0} for run in runs if run["head"] == "900"
+    ]
+    (tmp_path / "smollm2-heads-rank8.json").write_text(json.dumps({"runs": low}))
     found = study_report.head_differences(tmp_path, "smollm2")["differences"]
-    assert set(found) == {"routed:4 - 640", "routed:4 - full", "640 - full", "900 - full"}
+    own = {"routed:4 - full", "640 - full", "900 - full", "rank8 - full"}
+    assert set(found) == {"routed:4 - 640", "routed:4 - rank8", *own}
+    assert found["routed:4 - rank8"]["mean"] == pytest.approx(0)
     assert found["routed:4 - 640"]["mean"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)
     low, high = found["routed:4 - 640"]["interval_95_prompts"]
     assert -0.1 <= low < found["routed:4 - 640"]["mean"] < high <= 0.2
