@@ -13,7 +13,7 @@ MODELS = {"smollm2": "smollm2-135m", "gemma3": "gemma3-270m"}
 RECIPES = {"eagle2": "eagle2", "hass": "hass", "csra": "coral"}  # name -> preset; CORAL is csra with a router
 # name -> preset, weight of the alignment, seeds
 SETTINGS = {"aligned": ("eagle2", 3.0, 1), "weight1": ("coral", 1.0, 3), "weight03": ("coral", 0.3, 1)}
-WEIGHT = {"smollm2": 3.0, "gemma3": 1.0}  # of the alignment: short trainings chose 3, a full one (one seed) 1
+WEIGHT = {"smollm2": 3.0, "gemma3": 1.0}  # of the recipes' alignment: short trainings chose 3, full ones 1, the preset
 LABELS = {"coral": "csra+router"}  # where the name of a run is that of a method of the benchmark
 SETS = ("--tasks", "mt_bench,humaneval,gsm8k")
 SEEDS = 3
