@@ -225,6 +225,7 @@ class Plan:
         """The drafter and router that the package has: more answers, more steps."""
         name = f"{family}-bundled-0"
         stages = ["--stages", "drafter,router", "--steps", str(LONG), "--set", "evaluation.every=2000"]
+        stages += ["--set", f"csra.weight={WEIGHT[family]}"]
         made = self.training(family, name, "coral", 0, *stages, answers=(*ANSWERS[family], OWN))
         return {f"runs/{name}/router/result.json": next(iter(made.values()))}
 
@@ -249,7 +250,7 @@ class Plan:
         for anchor, weight, temperature in CSRA:
             name = f"{anchor}-{weight:g}-{temperature:g}"
             tried[name] = [f"anchor={anchor}", f"weight={weight}", f"temperature={temperature}"]
-        tried |= {setting.replace("=", "-"): [setting] for setting in POOLS}
+        tried |= {setting.replace("=", "-"): [f"weight={WEIGHT[family]}", setting] for setting in POOLS}
         commands: dict[str, list[str]] = {}
         for name, settings in tried.items():
             flags = [part for each in settings for part in ("--set", f"csra.{each}")]

@@ -6,7 +6,8 @@ RESULTS is WORK/results of `study.py`, or this package's results/study. Differen
 are paired: same seed, same prompt, and where they were measured in fp32 the same answer; sampled answers differ. Two
 95 % intervals: one over other prompts, which resamples prompts within each set for the trainings that there are; and
 Student's over other trainings, from one mean difference a seed, which is wide for few seeds. Logs of trainings are
-large and not kept: `--before` is an earlier report, from which those are taken that RESULTS has no longer.
+large and not kept: `--before` is an earlier report, from which those are taken that RESULTS has no longer. Trainings
+below training/again were made on answers written anew: what is simulated on those compares among themselves only.
 """
 
 from __future__ import annotations

@@ -68,6 +68,13 @@ def test_settings_of_trainings_are_known(commands: list[list[str]]) -> None:
         load_config(TrainConfig, Path(values(options, "--config")[0]), {**settings, **flags})
 
 
+def test_what_was_measured_does_not_follow_the_presets_weight(tmp_path: Path) -> None:
+    jobs = {job.out: values(job.options, "--set") for job in made(tmp_path).all}
+    for name in ("csra-0/result.json", "bundled-0/router/result.json", "sweep-pool-sequence/result.json"):
+        weights = [each for each in jobs[f"runs/smollm2-{name}"] if each.startswith("csra.weight=")]
+        assert weights == ["csra.weight=3.0"], name
+
+
 def test_nothing_that_a_command_names_is_missing_and_all_leave_different_files(tmp_path: Path) -> None:
     study = made(tmp_path)
     assert len({job.out for job in study.all}) == len(study.all) > 100

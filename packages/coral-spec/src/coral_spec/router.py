@@ -83,7 +83,7 @@ class Routing:
         routed = self.grouping.groups - self.grouping.always
         if not 1 <= self.active <= routed:
             raise UsageError(
-                f"{self.active} active groups, but the router has {routed} to choose from; needed 1 to that"
+                f"{self.active} active groups, but the router has {routed} to choose from; needed 1 to {routed}"
             )
         if self.scores not in SCORES:
             raise UsageError(f"scores are {self.scores!r}, needed one of {', '.join(SCORES)}")

@@ -211,7 +211,7 @@ class LowRankConfig:
 
     Attributes:
         rank: of the two factors; 0 is a quarter of the width.
-        steps, max_minutes, lr: as for the drafter; the rate was the best of a short trial (RESULTS.md, "Heads").
+        steps, max_minutes, lr: as for the drafter; the rate is from a short trial (RESULTS.md, "Heads").
     """
 
     rank: int = 0
