@@ -25,6 +25,7 @@ class Learner:
         self.module, self.settings, self.world = module, settings, world
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         if settings.kind == "adam":
+            # Not on CPUs: there it takes a gradient's memory for laid out as the weight's, which channels-last is not.
             fused = self.parameters[0].device.type == "cuda"
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
