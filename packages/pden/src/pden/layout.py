@@ -9,7 +9,7 @@ from torch import Tensor
 def channels_last(maps: Tensor) -> Tensor:
     """Maps ``(batch, channels, height, width)`` with their channels side by side on a CPU, as they are elsewhere.
 
-    On a CPU a convolution and its backward take a fifth to a half less time so, and pooling less still; other layers
-    keep the layout that they are given. GPUs have not been measured.
+    On a CPU convolutions, their gradients and pooling are faster so; other layers keep the layout that they are given.
+    GPUs have not been measured.
     """
     return maps.contiguous(memory_format=torch.channels_last) if maps.device.type == "cpu" else maps
