@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
 from expkit.errors import UsageError
 from pden.generators import KINDS, AdaIN, Composite, Geometric, Photometric, build_generator, generator_settings
 from pden.generators.geometric import warp
+from pden.generators.photometric import normalised
+from pden.layout import channels_last
 
 
 def count(module: torch.nn.Module) -> int:
@@ -96,6 +99,49 @@ def test_adain_sets_mean_and_spread_from_noise():
     styled = layer(maps, noise)
     assert torch.allclose(styled.mean(dim=(2, 3)), beta, atol=1e-4)
     assert torch.allclose(styled.std(dim=(2, 3), unbiased=False), (1 + gamma).abs(), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_of_one_batch_are_the_draws_one_by_one(kind):
+    torch.manual_seed(0)
+    generator, images = build_generator(kind), torch.rand(4, 3, 32, 32)
+    noises = [torch.randn(4, generator.noise) for _ in range(2)]
+    together, apart = generator.draws(images, noises), [generator(images, noise) for noise in noises]
+    for first, second in zip(together, apart, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
+    weights, parameters = torch.rand(2, *images.shape), list(generator.parameters())
+    gradients = [torch.autograd.grad((torch.stack(each) * weights).sum(), parameters) for each in (together, apart)]
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5 * float(second.abs().max()), rtol=0)
+
+
+def test_the_photometric_generator_is_its_layers_one_after_another():
+    torch.manual_seed(0)
+    generator = Photometric().double()  # in fp32 the first layer's gradient has three digits, in any order of sums
+    images, noise = torch.rand(4, 3, 32, 32).double(), torch.randn(4, 10).double()
+    maps = generator.second(generator.first(images).relu()).relu()
+    gamma, beta = generator.adain.style(noise)[:, :, None, None].chunk(2, dim=1)
+    plain = generator.last(generator.third((1 + gamma) * F.instance_norm(maps) + beta).relu()).float().sigmoid()
+    made, parameters = generator(images, noise), list(generator.parameters())
+    torch.testing.assert_close(made, plain, atol=1e-6, rtol=0)
+    weights = torch.rand_like(made)
+    gradients = [torch.autograd.grad((each * weights).sum(), parameters) for each in (made, plain)]
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-6 * float(second.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("level", [0.0, 100.0])
+def test_normalised_maps_are_right_to_rounding_in_any_layout(level):
+    torch.manual_seed(0)
+    maps = level + torch.randn(2, 8, 16, 16)
+    exact = F.instance_norm(maps.double())
+    for each in (maps, channels_last(maps)):
+        torch.testing.assert_close(normalised(each).double(), exact, atol=1e-5 + 1e-6 * level, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_gives_contiguous_images(kind):
+    assert build_generator(kind)(torch.rand(2, 3, 32, 32)).is_contiguous()
 
 
 def test_a_composite_gives_each_part_half_of_the_noise():

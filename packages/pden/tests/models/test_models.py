@@ -21,6 +21,19 @@ def test_the_digits_net_has_the_literatures_layers():
     assert count(model) == convolutions + linear + (1024 * 10 + 10) + (1024 * 128 + 128)
 
 
+def test_the_digits_net_is_its_layers_one_after_another():
+    torch.manual_seed(0)
+    model, images = build_model("digits", classes=10, width=0.25), torch.rand(8, 3, 32, 32)
+    made, plain = model.full(images).features, to_unit(images)
+    for layer in model.encoder:
+        plain = layer(plain)
+    torch.testing.assert_close(made, plain, atol=1e-6, rtol=1e-5)
+    parameters = list(model.encoder.parameters())
+    gradients = [torch.autograd.grad(each.square().sum(), parameters) for each in (made, plain)]
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5 * float(second.abs().max()), rtol=0)
+
+
 def test_wrn_16_4_has_its_2_7_million_weights():
     model = build_model("wrn-16-4", classes=10, embedding=1)
     assert 2.7e6 < count(model) < 2.8e6

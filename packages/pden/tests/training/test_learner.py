@@ -28,6 +28,19 @@ def test_parameters_without_a_part_in_the_loss_stay():
     assert torch.equal(module["unused"].weight, before)
 
 
+def test_adam_steps_as_its_paper_says_whatever_layout_a_gradient_has():
+    torch.manual_seed(0)
+    module = torch.nn.Conv2d(3, 4, 3)
+    learner = Learner(module, OptimizerConfig(lr=0.1), ALONE)
+    weight, first, second = module.weight.detach().clone(), 0.0, 0.0
+    for step in range(1, 4):
+        gradient = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
+        weight -= 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        learner.update((module.weight * gradient).sum())
+        torch.testing.assert_close(module.weight.detach(), weight, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("progress", [0.0, 0.25, 0.5, 1.0])
 def test_cosine_follows_progress(progress):
     learner = Learner(torch.nn.Linear(1, 1), OptimizerConfig(kind="sgd", lr=0.1, schedule="cosine"), ALONE)

@@ -98,10 +98,10 @@ def test_the_task_model_sees_the_updated_generator_without_its_graph():
     generator, used, made = trainer.expansion.generator, [], []
 
     def note(module, inputs, output):
-        used.append(module.first.weight.detach().clone())
+        used.append(generator.first.weight.detach().clone())
         made.append(output)
 
-    generator.register_forward_hook(note)
+    generator.last.register_forward_hook(note)
     finish(trainer, 1)
     assert len(used) == 3 and torch.equal(used[0], used[1])  # two draws of the generator's own step, one view
     assert made[0].requires_grad and not made[2].requires_grad

@@ -36,19 +36,21 @@ def run(
     from pden.evaluation.chart import save_bars
     from pden.presets import preset_path
     from pden.training.config import TrainConfig
-    from pden.training.run import train
+    from pden.training.run import load_data, train
 
     record = evidence(seed)
     outcomes: dict[str, Outcome] = {}
+    data = None  # the same for both methods
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for method in ("erm", "pden"):
             flags: dict[str, Any] = {"name": method, "method": method, "seed": seed, "device": device, "rounds": rounds}
             flags["data.targets"] = TARGETS
-            flags["data.target_every"] = 0
+            flags |= {"data.target_every": 0, "data.disguised": 0}
             config = load_config(TrainConfig, preset_path("demo"), flags)
             typer.echo(f"training {method} on scikit-learn's digits ...")
-            outcome = train(config, Home.of(), Path(folder), World(0, 1, 0), quiet=True)
+            data = data or load_data(config, Home.of())
+            outcome = train(config, Home.of(), Path(folder), World(0, 1, 0), data=data, quiet=True)
             assert outcome is not None
             outcomes[method] = outcome
         results = {method: outcome.result for method, outcome in outcomes.items()}

@@ -7,6 +7,7 @@ the same versions of those packages.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -43,13 +44,20 @@ def load_embedded(name: str) -> Domain:
 
 
 def _handwritten(train: bool) -> tuple[Tensor, Tensor]:
+    scans, digits = _scans()
+    part = slice(None, SOURCE) if train else slice(SOURCE, None)
+    small = torch.from_numpy(scans[part]).float()[:, None] / 16
+    large = F.interpolate(small, (SIZE, SIZE), mode="bilinear", align_corners=False)
+    return (large * 255).round().to(torch.uint8), torch.from_numpy(digits[part].astype(np.int64))
+
+
+@cache
+def _scans() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's images and labels, which five domains are made of: it parses them as text each time."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    part = slice(None, SOURCE) if train else slice(SOURCE, None)
-    small = torch.from_numpy(bunch.images[part]).float()[:, None] / 16
-    large = F.interpolate(small, (SIZE, SIZE), mode="bilinear", align_corners=False)
-    return (large * 255).round().to(torch.uint8), torch.from_numpy(bunch.target[part].astype(np.int64))
+    return bunch.images, bunch.target
 
 
 def thicken(images: Tensor) -> Tensor:

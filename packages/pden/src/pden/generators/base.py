@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,15 @@ class Generator(nn.Module):
         self.channels, self.noise = channels, noise
 
     def transform(self, images: Tensor, noise: Tensor) -> Tensor:
-        """A batch in [0, 1], ``(batch, channels, height, width)``, with noise ``(batch, noise)``; same shape."""
+        """A batch in [0, 1], ``(batch, channels, height, width)``, with noise ``(batch, noise)``.
+
+        Same shape, in whatever layout of memory it was computed in.
+        """
         raise NotImplementedError
+
+    def draws(self, images: Tensor, noises: Sequence[Tensor]) -> list[Tensor]:
+        """`transform` of one batch with each of several noises; a subclass may compute once what they share."""
+        return [self.transform(images, noise) for noise in noises]
 
     def forward(self, images: Any, noise: Tensor | None = None, *, generator: torch.Generator | None = None) -> Any:
         """The images in the generated domain, in the form they came in.
@@ -67,4 +75,4 @@ class Generator(nn.Module):
             noise = draw_noise(images, self.noise, generator)
         elif noise.shape != (len(images), self.noise):
             raise UsageError(f"noise of shape {tuple(noise.shape)}; it must be {(len(images), self.noise)}")
-        return self.transform(images, noise)
+        return self.transform(images, noise).contiguous()

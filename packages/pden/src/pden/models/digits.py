@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from pden.layout import channels_last
+
+
+class Layers(nn.Sequential):
+    """Layers in a row, on maps in the layout that suits the device."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(channels_last(images))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def digits_encoder(channels: int, size: int, width: float = 1.0) -> tuple[nn.Module, int]:
@@ -15,7 +24,7 @@ def digits_encoder(channels: int, size: int, width: float = 1.0) -> tuple[nn.Mod
     """
     first, second, hidden = (max(4, round(width * each)) for each in (64, 128, 1024))
     side = ((size - 4) // 2 - 4) // 2
-    layers = nn.Sequential(
+    layers = Layers(
         nn.Conv2d(channels, first, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),

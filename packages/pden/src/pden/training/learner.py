@@ -25,7 +25,7 @@ class Learner:
         self.module, self.settings, self.world = module, settings, world
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         if settings.kind == "adam":
-            fused = self.parameters[0].device.type == "cuda"
+            fused = self.parameters[0].device.type in ("cuda", "cpu")
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
             )
@@ -46,7 +46,8 @@ class Learner:
         """
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            # Fused Adam on CPUs takes a gradient's memory for laid out as the weight's, which channels-last is not.
+            parameter.grad = None if gradient is None else gradient.contiguous()
         if self.world.size > 1:
             self._average()
         if self.settings.schedule == "cosine":

@@ -41,7 +41,7 @@ def generator_loss(
         stream: for the two draws of noise.
     """
     generator = expansion.generator
-    draws = [generator(images, draw_noise(images, generator.noise, stream.torch)) for _ in range(2)]
+    draws = generator.draws(images, [draw_noise(images, generator.noise, stream.torch) for _ in range(2)])
     parts = {"diversity": diversity(draws[0], draws[1])}
     total = -weights.diversity * parts["diversity"].clamp(max=weights.diversity_limit)
     if weights.safety or weights.adversarial:
@@ -56,7 +56,8 @@ def generator_loss(
                 parts["adversarial"] = adversarial_contrast(seen.embeddings, own, weights.temperature)
             total = total + weights.adversarial * parts["adversarial"]
     if weights.cycle:
-        parts["cycle"] = cycle_loss(expansion.reverse(draws[0]), images)
+        restored = expansion.reverse.transform(draws[0], draw_noise(images, expansion.reverse.noise))
+        parts["cycle"] = cycle_loss(restored, images)
         total = total + weights.cycle * parts["cycle"]
     return total, parts
 

@@ -58,12 +58,20 @@ def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Dom
 
 
 def train(
-    config: TrainConfig, home: Home, runs: Path, world: World, *, resume: bool = False, quiet: bool = False
+    config: TrainConfig,
+    home: Home,
+    runs: Path,
+    world: World,
+    *,
+    data: tuple[Domain, Domain, list[Domain]] | None = None,
+    resume: bool = False,
+    quiet: bool = False,
 ) -> Outcome | None:
     """Train, measure every round, keep checkpoints, and leave a model; other processes than the first return None.
 
     Args:
         runs: folder of all runs.
+        data: what `load_data` gives for this config, where it is there already.
         resume: go on with the run of this name.
         quiet: print nothing but warnings and progress.
 
@@ -77,7 +85,7 @@ def train(
         dtype = torch.float32  # a GPU without bfloat16
     if dtype == torch.float16:
         raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
-    source, validation, targets = load_data(config, home)
+    source, validation, targets = data or load_data(config, home)
     reset_peak_memory(device)
     trainer = Trainer(config, source, validation, device=device, dtype=dtype, world=world)
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
