@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -28,13 +29,14 @@ def test_parameters_without_a_part_in_the_loss_stay():
     assert torch.equal(module["unused"].weight, before)
 
 
-def test_adam_steps_as_its_paper_says_whatever_layout_a_gradient_has():
+@pytest.mark.parametrize("layouts", list(permutations((torch.contiguous_format, torch.channels_last))))
+def test_adam_steps_as_its_paper_says_whatever_layout_a_gradient_has(layouts):
     torch.manual_seed(0)
-    module = torch.nn.Conv2d(3, 4, 3)
+    module = torch.nn.Conv2d(3, 4, 3).to(memory_format=layouts[0])
     learner = Learner(module, OptimizerConfig(lr=0.1), ALONE)
     weight, first, second = module.weight.detach().clone(), 0.0, 0.0
     for step in range(1, 4):
-        gradient = torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last)
+        gradient = torch.randn(4, 3, 3, 3).contiguous(memory_format=layouts[1])
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient.square()
         weight -= 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         learner.update((module.weight * gradient).sum())

@@ -46,8 +46,10 @@ class Learner:
         """
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            # Fused Adam on CPUs takes a gradient's memory for laid out as the weight's, which channels-last is not.
-            parameter.grad = None if gradient is None else gradient.contiguous()
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # Fused Adam on CPUs takes a gradient's memory for laid out as the weight's, which channels-last is not.
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
         if self.world.size > 1:
             self._average()
         if self.settings.schedule == "cosine":
