@@ -56,6 +56,12 @@ def test_bench_writes_figures_and_a_chart_and_leaves_no_partial_file(folder: str
     assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.png", "out-drafting.png"}
 
 
+def test_a_bench_that_is_refused_leaves_nothing_that_hinders_the_next(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="there is no drafter for"):
+        bench.run(model=folder, tasks="sample", limit=1, methods="ar,coral", device="cpu", json=tmp_path / "out.json")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_worker_process_measures_the_same_acceptance(folder: str) -> None:
     settings = Settings(folder, {"ngram": ""}, device="cpu", dtype="fp32", max_new_tokens=8, workers=2)

@@ -90,7 +90,9 @@ def test_a_killed_benchmark_goes_on_where_it_was(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_with_other_settings_is_refused_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "out.json"
-    open_partial(SETTINGS, TASKS, path).close()
+    partial = open_partial(SETTINGS, TASKS, path)
+    partial.add(record("hf", "a", 2.0, None, [1] * 10))
+    partial.close()
     with pytest.raises(UsageError, match=r"out\.partial\.jsonl holds an unfinished run.*\(max_new_tokens\)"):
         open_partial(replace(SETTINGS, max_new_tokens=13), TASKS, path)
     with pytest.raises(UsageError, match=r"\(tasks\)"):

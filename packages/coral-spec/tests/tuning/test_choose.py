@@ -142,6 +142,7 @@ def test_load_chooses_a_tree_by_measurement_and_keeps_the_costs(home, tmp_path):
 def test_text_stays_that_of_plain_decoding_while_trees_change(home, tmp_path):
     target = clear_target("llama")
     model = load(target, draft=str(save_drafter(target, tmp_path / "drafter")))
+    model.tuner = Tuner(ROWS_COST, ACCEPTANCE)  # steps timed on a busy machine may say that anything pays
     wanted = load(target, draft="none").generate(PROMPT, max_new_tokens=60, ignore_eos=True).token_ids
     trees = set()
     for _ in range(12):

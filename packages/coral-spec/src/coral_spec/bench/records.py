@@ -116,10 +116,12 @@ class PartialFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Stop writing; the file stays for a later run."""
+        """Stop writing; the file stays for a later run, if it has any record: a run that was refused leaves nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
+            if self._path is not None and not self.records:
+                self._path.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """The result is written: the file is no longer needed."""
