@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -94,11 +95,27 @@ def test_a_release_takes_the_drafters_of_a_checkout(alias: str, home: Path, tmp_
 def test_a_checkout_has_the_drafters_beside_the_package(
     target: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundled, "CHECKOUT", tmp_path / "drafters")
+    monkeypatch.setattr(bundled, "SOURCE", tmp_path)
     folder = save_drafter(target, tmp_path / "drafters" / "tiny")
     assert bundled_drafter(target) is None  # some folder of this name, not that of a checkout
     (tmp_path / "pyproject.toml").touch()
     assert bundled_drafter(target) == folder
+
+
+@pytest.mark.parametrize("info", [{"dir_info": {}}, {"archive_info": {}}, None])
+def test_a_package_that_was_installed_from_a_checkout_finds_its_drafters(
+    info: dict[str, object] | None, target: Target, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "a clone"
+    noted = tmp_path / "site" / "coral_spec-0.1.0.dist-info"
+    noted.mkdir(parents=True)
+    (noted / "METADATA").write_text("Metadata-Version: 2.4\nName: coral-spec\nVersion: 0.1.0\n")
+    if info is not None:  # a package of an index has no such note
+        (noted / "direct_url.json").write_text(json.dumps({"url": project.as_uri(), **info}))
+    monkeypatch.syspath_prepend(str(noted.parent))
+    monkeypatch.setattr(bundled, "SOURCE", tmp_path / "site")
+    folder = save_drafter(target, project / "drafters" / "tiny")
+    assert bundled_drafter(target) == (folder if info == {"dir_info": {}} else None)
 
 
 def test_a_damaged_drafter_of_another_model_is_no_hindrance(target: Target, release: Path, home: Path) -> None:

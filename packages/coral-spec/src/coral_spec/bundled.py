@@ -1,4 +1,4 @@
-"""Trained drafters of known models: in this package, in a checkout beside it, or fetched from a release of it.
+"""Trained drafters of known models: in this package, in the checkout it is from, or fetched from a release of it.
 
 Drafters whose terms or size keep them out of the wheel lie in the repository's ``drafters`` folder, and as one archive
 each among the files of the package's release. An archive counts only if its files have the digest that is written here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import warnings
 import zipfile
 import zlib
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from coral_spec.download import download
 from coral_spec.drafter import DrafterConfig
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from coral_spec.targets import Target
 
 PACKAGED = Path(__file__).parent / "drafters"
-CHECKOUT = Path(__file__).parents[2] / "drafters"
+SOURCE = Path(__file__).parents[2]  # of the project, where the package runs from a checkout
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,21 @@ RELEASED: dict[str, Release] = {  # by alias
 
 def folders() -> Iterator[Path]:
     """Every trained drafter that this machine has for a known model."""
-    places = [PACKAGED, *([CHECKOUT] if (CHECKOUT.parent / "pyproject.toml").is_file() else []), drafters_folder()]
-    for place in places:
+    checkout = _checkout()
+    for place in (PACKAGED, *([checkout / "drafters"] if checkout else []), drafters_folder()):
         yield from sorted(path.parent for path in place.glob("*/config.json"))
+
+
+def _checkout() -> Path | None:
+    """The project's folder that this package runs from or was installed from, by what pip has noted of it (PEP 610)."""
+    if (SOURCE / "pyproject.toml").is_file():
+        return SOURCE
+    try:
+        noted = importlib.metadata.distribution("coral-spec").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    origin = json.loads(noted) if noted else {}
+    return Path(url2pathname(urlsplit(origin["url"]).path)) if "dir_info" in origin else None
 
 
 def bundled_drafter(target: Target) -> Path | None:

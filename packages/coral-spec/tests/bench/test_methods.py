@@ -94,7 +94,7 @@ def test_methods_are_parsed_with_their_folders(tmp_path: Path) -> None:
 
 
 def test_coral_without_a_bundled_drafter_is_refused(model: Model) -> None:
-    with pytest.raises(UsageError, match="no drafter is bundled for tiny-llama"):
+    with pytest.raises(UsageError, match="there is no drafter for tiny-llama"):
         make_method("coral", "", model)
 
 

@@ -144,7 +144,10 @@ def _bundled(target: Target) -> str:
 
     folder = bundled_drafter(target)
     if folder is None:
-        raise UsageError(f"method 'coral': no drafter is bundled for {target.name}; give ngram, auto or NAME=FOLDER")
+        raise UsageError(
+            f"method 'coral': there is no drafter for {target.name}; give ngram, auto or NAME=FOLDER, or see "
+            "`coral-spec models` for one to fetch"
+        )
     return str(folder)
 
 
