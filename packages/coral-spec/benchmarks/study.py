@@ -135,9 +135,8 @@ class Study:
     def collect(self, job: Job, log: Path, code: int) -> bool:
         """Keep what it has left; its last lines are printed if it failed."""
         if code:
-            print(
-                "\n".join([f"{log}: exit code {code}", *log.read_text(errors="replace").splitlines()[-12:]]), flush=True
-            )
+            last = log.read_text(errors="replace").splitlines()[-12:]
+            print("\n".join([f"{log}: exit code {code}", *last]), flush=True)
             return False
         if job.options[0] == "data":
             (self.work / job.out).touch()  # answers are complete when their command has ended
@@ -157,19 +156,13 @@ class Study:
                 aside.rename(target)
         if not job.out.startswith("runs/"):
             return
-        stages = {
-            (self.work / job.out).parent,
-            self.work / "runs" / Path(job.out).parts[1],
-        }  # its own, and the one before
+        # its own, and the one before
+        stages = {(self.work / job.out).parent, self.work / "runs" / Path(job.out).parts[1]}
         for run in stages:
             kept = self.work / "results" / "training" / run.relative_to(self.work / "runs")
             kept.mkdir(parents=True, exist_ok=True)
-            for file in (
-                "config.toml",
-                "metrics.jsonl",
-                "curves.png",
-                "result.json",
-            ):  # the last says that all are there
+            # the last says that all are there
+            for file in ("config.toml", "metrics.jsonl", "curves.png", "result.json"):
                 if (run / file).is_file():
                     shutil.copyfile(run / file, kept / file)
 

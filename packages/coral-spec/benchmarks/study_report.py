@@ -205,6 +205,29 @@ def head_differences(results: Path, family: str) -> dict[str, Any] | None:
     return compare(taus, [*pairs, *((head, "full") for head in rows if head != "full")])
 
 
+def weights_on_equal_answers(results: Path, family: str) -> dict[str, Any] | None:
+    """The alignment's weights, seed 0, where both learned from the answers written anew: on the heads' prompts.
+
+    The heads are those of weight 3 trained again; the recipes' weight 3 and HASS learned from the earlier answers.
+    """
+    files = {
+        "csra again": (f"{family}-heads", "csra+router"),
+        "weight1": (f"{family}-weight1-seed0-t0", "weight1"),
+        "csra": (f"{family}-recipes-seed0-t0", "csra"),
+        "hass": (f"{family}-recipes-seed0-t0", "hass"),
+    }
+    if not all((results / f"{name}.json").is_file() for name, _ in files.values()):
+        return None
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for label, (name, method) in files.items():
+        for run in json.loads((results / f"{name}.json").read_text())["runs"]:
+            if (run["method"], run["head"]) == (method, "full"):
+                found[label][run["task"]] = {each["prompt"]: each["tau"] for each in run["prompt_records"]}
+    common = found["csra again"]
+    taus = {(0, task, label): [found[label][task][each] for each in common[task]] for label in files for task in common}
+    return compare(taus, [("weight1", "csra again"), ("csra again", "csra"), ("csra again", "hass")])
+
+
 def sampled(results: Path, family: str) -> dict[str, Any] | None:
     """CORAL against EAGLE-2 at temperature 1, seed 0."""
     taus: Taus = {}
@@ -300,6 +323,7 @@ def main() -> None:
             "simulated": simulated(report["trainings"], family),
             "heads": heads(options.results, family),
             "head_differences": head_differences(options.results, family),
+            "weights_on_equal_answers": weights_on_equal_answers(options.results, family),
             "speed": speeds(options.results, family),
         }
         for name, value in (report[family]["recipes"] or {}).items():

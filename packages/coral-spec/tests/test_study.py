@@ -278,6 +278,21 @@ def test_the_report_pairs_heads_of_equal_weights_and_keeps_what_an_earlier_one_h
     assert found["routed:4 - 640"]["mean"] == pytest.approx((0.2 + 0.1 - 0.1) / 3)
     low, high = found["routed:4 - 640"]["interval_95_prompts"]
     assert -0.1 <= low < found["routed:4 - 640"]["mean"] < high <= 0.2
+    assert study_report.weights_on_equal_answers(tmp_path, "smollm2") is None  # not all of its files are there
+    for name, methods in (
+        ("heads", ("csra+router",)),
+        ("weight1-seed0-t0", ("weight1",)),
+        ("recipes-seed0-t0", ("csra", "hass")),
+    ):
+        full = [{**run, "method": method} for run in runs if run["head"] == "full" for method in methods]
+        records = [{"prompt": str(at), "tau": 4.5} for at in range(5)]
+        own = full if name == "heads" else [{**run, "prompt_records": records} for run in full]
+        (tmp_path / f"smollm2-{name}.json").write_text(json.dumps({"runs": own}))
+    weights = study_report.weights_on_equal_answers(tmp_path, "smollm2")["differences"]
+    assert weights["weight1 - csra again"]["mean"] == pytest.approx(0)  # 4.5 is the mean over both sets' first three
+    assert weights["csra again - hass"]["mean"] == pytest.approx(0)
+    for path in tmp_path.glob("smollm2-*-seed0-t0.json"):
+        path.unlink()
     with pytest.raises(ValueError, match="a was not measured on the same prompts everywhere"):
         study_report.require_same_prompts([*runs, {**runs[0], "prompt_records": runs[0]["prompt_records"][:2]}])
     before = {"trainings": {"smollm2-hass-0": {"tau_sim": 3.0}, "smollm2-eagle2-0": {"tau_sim": 2.5}}}
