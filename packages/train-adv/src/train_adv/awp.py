@@ -50,7 +50,12 @@ class AWP:
     @contextmanager
     def perturbed(self, loss: Callable[[], Tensor]) -> Iterator[None]:
         """Inside: weights moved up the loss; do the backward and the optimiser's step there."""
-        moves = self.direction(loss)
+        with self.moved(self.direction(loss)):
+            yield
+
+    @contextmanager
+    def moved(self, moves: dict[str, Tensor]) -> Iterator[None]:
+        """Inside: weights moved by what `direction` gave."""
         parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, move in moves.items():

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from train_adv.modes import kept_statistics
 
 
 class Captured:
     """Calls `function(*tensors)`; on a GPU, as a graph.
 
-    The function must draw nothing and wait for nothing. What it returns, a tensor or a tuple of tensors, is valid
-    until the next call with the same shapes.
+    The function must wait for nothing and speak to no other process. What it returns (tensors, in any structure) is
+    valid until the next call with the same shapes. If it leaves gradients in `.grad`, it must find none there when it
+    is recorded, must be called with one set of shapes only, and none may unset them afterwards: every replay writes
+    to the same tensors.
 
     Args:
         function: what to record.
         enabled: without it every call is a plain one.
+        modules: whose running statistics the function moves: the trial runs before the recording leave them alone.
     """
 
-    def __init__(self, function: Callable[..., Any], enabled: bool) -> None:
-        self.function, self.enabled = function, enabled
+    def __init__(self, function: Callable[..., Any], enabled: bool, modules: Sequence[nn.Module] = ()) -> None:
+        self.function, self.enabled, self.modules = function, enabled, modules
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -29,7 +34,7 @@ class Captured:
             return self.function(*inputs)
         key = tuple(tuple(each.shape) for each in inputs)
         if key not in self._graphs:
-            self._graphs[key] = _record(self.function, inputs)
+            self._graphs[key] = _record(self.function, inputs, self.modules)
         return self._graphs[key].replay(inputs)
 
 
@@ -47,15 +52,19 @@ class _Graph(NamedTuple):
         return self.output
 
 
-def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> _Graph:
-    """The first runs, on a side stream, compile and choose kernels, which may not happen while recording."""
+def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...], modules: Sequence[nn.Module]) -> _Graph:
+    """The first runs, on a side stream, compile and choose kernels, which may not happen while recording.
+
+    They leave statistics and random numbers as they found them, or a resumed run, which records anew, would differ.
+    """
     held = tuple(each.clone() for each in inputs)
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            function(*held)
-    torch.cuda.current_stream().wait_stream(side)
+    with kept_statistics(*modules), torch.random.fork_rng([torch.cuda.current_device()]):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function(*held)
+        torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     # Other threads (a loader that pins memory, a progress bar) may call CUDA meanwhile: it is no fault of theirs.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -18,6 +18,8 @@ from train_adv.models.build import build
 from train_adv.models.classifier import Classifier, ModelSpec
 from train_adv.modes import attack_twin
 from train_adv.training.climber import Climber
+from train_adv.training.run import Outcome
+from train_adv.training.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -86,25 +88,74 @@ def test_compiled_evaluation_agrees_with_the_plain_one():
     assert abs(counts[0] - counts[1]) <= 3
 
 
-def test_deterministic_runs_are_the_same_to_the_bit(tmp_path):
+def made() -> DataSet:
     images, labels = batch(320)
     split = Resident((images.cpu() * 255).to(torch.uint8), labels.cpu())
-    data = DataSet("made", NAMES, split, split, Augment(2, True))
-    weights = []
-    for name in ("one", "two"):
-        outcome = train_adv.fit(
-            "small-cnn",
-            data,
-            host="trades",
-            topology={"weight": 20.0, "reference_epochs": 1},
-            name=name,
-            runs=tmp_path,
-            epochs=2,
-            batch_size=64,
-            deterministic=True,
-            awp={"gamma": 0.005},
-            averaging={"kind": "ema"},
-            validation={"fraction": 0.2, "steps": 2},
-        )
-        weights.append(load_tensors(outcome.folder / "last.safetensors"))
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    return DataSet("made", NAMES, split, split, Augment(2, True))
+
+
+SETTINGS = {
+    "host": "trades",
+    "topology": {"weight": 20.0, "reference_epochs": 1},
+    "epochs": 2,
+    "batch_size": 64,
+    "deterministic": True,
+    "awp": {"gamma": 0.005},
+    "averaging": {"kind": "ema"},
+    "validation": {"fraction": 0.2, "steps": 2},
+}
+
+
+def weights_of(outcome: Outcome) -> dict[str, torch.Tensor]:
+    return load_tensors(outcome.folder / "last.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_deterministic_runs_are_the_same_to_the_bit(tmp_path):
+    runs = [train_adv.fit("small-cnn", made(), name=name, runs=tmp_path, **SETTINGS) for name in ("one", "two")]
+    assert same(*map(weights_of, runs))
+
+
+def test_a_run_that_was_cut_off_records_its_graphs_anew_and_goes_on_to_the_bit(tmp_path, monkeypatch):
+    whole = train_adv.fit("small-cnn", made(), name="whole", runs=tmp_path, **SETTINGS)
+    step, done = Trainer._step, []
+
+    def cut(self: Trainer, images: torch.Tensor, labels: torch.Tensor) -> None:
+        if self.config.host == "trades":
+            done.append(1)
+            if len(done) == 7:  # in the second of two epochs of four steps, after a checkpoint within it
+                raise KeyboardInterrupt
+        step(self, images, labels)
+
+    settings = {**SETTINGS, "checkpoint_every": 2, "name": "cut", "runs": tmp_path}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", cut)
+        train_adv.fit("small-cnn", made(), **settings)
+    assert same(weights_of(whole), weights_of(train_adv.fit("small-cnn", made(), resume=True, **settings)))
+
+
+@pytest.mark.parametrize("host", ["at", "trades", "mart", "lbgat"])
+def test_a_whole_step_as_graphs_is_the_plain_one(host, tmp_path):
+    """With everything on: AWP's ascent, TRAIN, the average."""
+    settings = {**SETTINGS, "host": host, "dtype": "fp32", "runs": tmp_path, "data": made(), "model": "small-cnn"}
+    runs = [train_adv.fit(name=engine, engine=engine, **settings) for engine in ("compile", "graphs")]
+    one, other = map(weights_of, runs)
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert torch.allclose(value, other[name], rtol=0.05, atol=0.02), name
+    losses = [run.result["last"]["loss"] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_trial_runs_leave_statistics_and_random_numbers_alone():
+    points = torch.randn(64, 4, device=CUDA)
+    found = []
+    for enabled in (False, True):
+        layer, noisy = torch.nn.BatchNorm1d(4).to(CUDA), torch.nn.Dropout()
+        torch.cuda.manual_seed(3)
+        run = Captured(lambda x, layer=layer, noisy=noisy: noisy(layer(x)), enabled, [layer])
+        found.append([run(points).clone(), layer.running_mean, layer.num_batches_tracked, torch.rand(4, device=CUDA)])
+    assert all(torch.equal(plain, graph) for plain, graph in zip(*found, strict=True))

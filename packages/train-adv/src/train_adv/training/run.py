@@ -233,6 +233,7 @@ class _Job:
             direction=settings.direction,
             neighbours=settings.neighbours,
             reduction=settings.reduction,
+            gather=self.world.size > 1,
         )
         return TopologyRegularizer(
             model,

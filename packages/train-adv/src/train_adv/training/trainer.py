@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from train_adv.averaging import WeightAverage
 from train_adv.awp import AWP
 from train_adv.data.batches import Batches
 from train_adv.data.dataset import stream_seed
-from train_adv.hosts.host import Host, HostLoss
+from train_adv.graphs import Captured
+from train_adv.hosts.host import Host
 from train_adv.models.classifier import Classifier, Output
 from train_adv.modes import kept_statistics, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
@@ -55,11 +56,18 @@ class Progress:
     stopped: str = ""
 
 
-class StepLoss:
-    """What one evaluation of the whole loss gave: total, host, attacked logits, and the topology value."""
+class StepLoss(NamedTuple):
+    """One evaluation of the whole loss.
 
-    def __init__(self, total: Tensor, host: HostLoss, topology: Tensor | None) -> None:
-        self.total, self.host, self.topology = total, host, topology
+    Attributes:
+        total: scalar.
+        attacked: logits (batch, classes) of the adversarial images.
+        topology: L_topo, a scalar; 0 where the loss has no such term.
+    """
+
+    total: Tensor
+    attacked: Tensor
+    topology: Tensor
 
 
 class Diverged(UsageError):
@@ -93,12 +101,15 @@ class Trainer:
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.host, self.topology = host.to(device).to(memory_format=torch.channels_last), topology
         self.forward: Callable[[Tensor], Output] = self.model.with_features
+        self.l_topo: Callable[[Tensor, Tensor], Tensor] | None = topology.loss if topology is not None else None
         if engine != "eager":
             self.forward = torch.compile(self.model.with_features, dynamic=False)
             if topology is not None:
                 reference: Any = topology.reference
                 compiled: Callable[[Tensor], Output] = torch.compile(reference.with_features, dynamic=False)
                 topology.read_reference = lambda images: compiled(images).features
+                if world.size == 1:  # several gather their features
+                    self.l_topo = torch.compile(topology.loss, dynamic=False)
         self.climber = Climber(host, self.model, engine, device, dtype)
         self.awp = AWP(self.model, config.awp.gamma, self._learning()[1:]) if config.awp.gamma > 0 else None
         averaging = config.averaging
@@ -114,6 +125,11 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
             fused=device.type == "cuda",
         )
+        # A loss within which processes speak to one another is not recorded.
+        speaks = world.size > 1 and (config.topology.active or self.awp is not None)
+        graphs = engine == "graphs" and not speaks
+        self._ascent = Captured(self._weight_moves, graphs)
+        self._descent = Captured(self._backward, graphs, self._learning())
         self.progress = Progress()
         self._sums = torch.zeros(5, device=device)  # loss, attacked right, samples, topology, losses that are no number
 
@@ -212,43 +228,43 @@ class Trainer:
             group["lr"] = learning_rate(config.optimizer, done)
         start = self.host.start(images, self._generator("attack", progress.number))
         adversarial = self.climber(start, images, labels)
-        closure = self._whole_loss(images, adversarial, labels)
         if progress.number == 0 and self.topology is not None and config.topology.active:
             self._measure_norms(images, adversarial, labels)
+        weight = self.topology.current_weight() if self.topology is not None else 0.0
+        batch = images, adversarial, labels, torch.full((), weight, device=self.device)
         on = self.awp is not None and done * config.epochs >= config.awp.warmup
-        moved = self.awp.perturbed(lambda: closure().total) if self.awp is not None and on else nullcontext()
-        with moved:
-            loss = closure()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+        with self.awp.moved(self._ascent(*batch)) if self.awp is not None and on else nullcontext():
+            loss = self._descent(*batch)
             self._apply()
         self._after(loss, labels)
 
-    def _whole_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> Callable[[], StepLoss]:
-        """The host's loss and lambda * L_topo, at the weights as they are when it is called."""
-        host, settings, topology = self.host, self.config.topology, self.topology
-        closure = host.closure(self.forward, images, adversarial, labels)
-        use = topology if settings.active else None
-        frozen: list[Tensor] = []
+    def _backward(self, images: Tensor, adversarial: Tensor, labels: Tensor, weight: Tensor) -> StepLoss:
+        """The whole loss; its gradients are left in the parameters' `.grad`."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._whole_loss(images, adversarial, labels, weight)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        return StepLoss(*(each.detach() for each in loss))
 
-        def loss() -> StepLoss:
-            with autocast(self.device, self.dtype):
-                found = closure()
-                natural = found.natural
-                if natural is None and (use is not None or settings.control):
-                    with natural_statistics(self.model, settings.statistics):
-                        natural = self.forward(images)
-                if use is None or natural is None:
-                    return StepLoss(found.total, found, None)
-                if use.kind == "co-trained" or not frozen:
-                    reference, extra = use.reference_features(images, labels)
-                    frozen[:] = [reference]
-                else:
-                    reference, extra = frozen[0], 0.0
-                term = use.compare(natural.features, reference)
-                return StepLoss(found.total + term + extra, found, torch.as_tensor(use.last["topology"]))
+    def _weight_moves(self, images: Tensor, adversarial: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """AWP's, up the whole loss."""
+        assert self.awp is not None
+        return self.awp.direction(lambda: self._whole_loss(images, adversarial, labels, weight).total)
 
-        return loss
+    def _whole_loss(self, images: Tensor, adversarial: Tensor, labels: Tensor, weight: Tensor) -> StepLoss:
+        """The host's loss and weight * L_topo, at the weights as they are."""
+        settings, topology = self.config.topology, self.topology
+        with autocast(self.device, self.dtype):
+            found = self.host.loss(self.forward, images, adversarial, labels)
+            natural = found.natural
+            if natural is None and (topology is not None or settings.control):
+                with natural_statistics(self.model, settings.statistics):
+                    natural = self.forward(images)
+            if topology is None or natural is None:
+                return StepLoss(found.total, found.attacked, torch.zeros_like(found.total))
+            assert self.l_topo is not None
+            reference, extra = topology.reference_features(images, labels)
+            value = self.l_topo(natural.features, reference)
+            return StepLoss(found.total + weight * value + extra, found.attacked, value)
 
     def _measure_norms(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Gradient norms of both losses on this batch, and lambda where it follows their ratio."""
@@ -278,11 +294,10 @@ class Trainer:
     def _after(self, loss: StepLoss, labels: Tensor) -> None:
         with torch.no_grad():
             count = len(labels)
-            right = (loss.host.attacked.argmax(1) == labels).sum()
-            value = loss.topology if loss.topology is not None else loss.total.new_zeros(())
+            right = (loss.attacked.argmax(1) == labels).sum()
             bad = ~torch.isfinite(loss.total)
             self._sums += torch.stack(
-                [loss.total.detach() * count, right, torch.full_like(right, count), value.detach() * count, bad]
+                [loss.total * count, right, torch.full_like(right, count), loss.topology * count, bad]
             ).float()
         if self.topology is not None:
             self.topology.step()
