@@ -8,17 +8,19 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
 
     speed       seconds an epoch at batch 512 and 128, with and without TRAIN
     standard    the standard models
+    rate        AT and TRADES at three learning rates, 15 epochs, seed 0
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
-    beta        AT, and TRADES at beta 1, 2, 3, 6, 9: the hosts' own frontier, 15 epochs, seed 0
+    beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES
     long        100 epochs at batch 128; --only one pair
 
-Nothing is chosen on test images. `lambda` and `beta` train without a tenth of the training images, the same 5,000 for
-every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is their standard model. The
-other parts take kernel and lambda by the rule of `study_report.choose` from those figures (`--at`, `--trades` override
-it), are trained on all training images but their 2 % for validation, and are judged on the test images.
+Nothing is chosen on test images. `rate`, `lambda` and `beta` train without a tenth of the training images, the same
+5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is their standard
+model. The other parts take rate, kernel and lambda by the rules of `study_report.choose` from those figures (`--at`,
+`--trades` override them), are trained on all training images but their 2 % for validation, and are judged on the test
+images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
@@ -27,15 +29,12 @@ model is deterministic and is trained again in under a minute (each JSON has its
 
 With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
 Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
-`main`, `epsilons`, `everything` and `long` wait until no arm of `lambda` and `beta` is left, where these are asked for.
+`lambda` and `beta` wait until no arm of `rate` is left, where it is asked for, and the parts below them for all three.
 An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
 
-On 2 GPUs all but `long` is eleven leases on paper, each the same call with `--minutes 27` on a fresh machine. Where a
-command may not last so long, start it in the background, as what is cut off is compiled and recorded anew. OUT is many
-files: pack it. The arms of `long` take 36 minutes on paper: `run long --minutes 37`, two at a time, on a machine that
-may be held so long; `plan long` tells after `speed` and the first arms of `main` what they take by measured seconds.
-One that is cut off goes on from its last epoch if WORK/gpu* is brought along, to the same place and without
-WORK/lease.json.
+Every lease is the same call on a fresh machine. Where a command may not last so long, start it in the background, as
+what is cut off is compiled and recorded anew. OUT is many files: pack it. An arm that is cut off goes on from its last
+epoch if WORK/gpu* is brought along, to the same place and without WORK/lease.json.
 """
 
 from __future__ import annotations
@@ -112,8 +111,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()),
                         help="how many to use, an arm at a time on each; default: all that torch sees")  # fmt: skip
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of the lease, for the processes of its GPUs
-    parser.add_argument("--at", type=_choice, help="KERNEL:LAMBDA for AT and MART, instead of the sweep's")
-    parser.add_argument("--trades", type=_choice, help="KERNEL:LAMBDA for TRADES, instead of the sweep's")
+    parser.add_argument("--at", type=_choice, help="RATE:KERNEL:LAMBDA for AT and MART, instead of the sweeps'")
+    parser.add_argument("--trades", type=_choice, help="RATE:KERNEL:LAMBDA for TRADES, instead of the sweeps'")
     parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
     arguments = parser.parse_args()
@@ -126,8 +125,8 @@ def parse() -> argparse.Namespace:
 
 
 def _choice(text: str) -> Choice:
-    kernel, _, weight = text.partition(":")
-    return Choice(kernel, float(weight))
+    rate, kernel, weight = text.split(":")
+    return Choice(float(rate), kernel, float(weight))
 
 
 def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[Job]:

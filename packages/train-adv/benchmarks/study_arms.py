@@ -5,28 +5,27 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
-PARTS = ("speed", "standard", "lambda", "beta", "main", "epsilons", "everything", "long")
-SWEEPS = ("lambda", "beta")
-AFTER_SWEEPS = ("main", "epsilons", "everything", "long")  # their kernel and lambda are chosen from the sweeps
+PARTS = ("speed", "standard", "rate", "lambda", "beta", "main", "epsilons", "everything", "long")
+# What each part needs: rates are chosen first, then kernel and lambda, and the rest is trained with these.
+STAGES = {"rate": 1, "lambda": 2, "beta": 2, "main": 3, "epsilons": 3, "everything": 3, "long": 3}
+RATES = (0.05, 0.1, 0.2)
 JUDGED = ("natural", "pgd20", "apgd")
 LEASE_START = 60.0  # seconds: unpacking the data, importing, the first kernels
 STANDARD = 75.0  # the standard model that a bare machine trains again, compiling included
-ARM_START = 60.0  # compiling and recording
-WORKER_START = 20.0  # with several GPUs every arm is a process: importing and reading the data again
-VALIDATION = 1.5
-# natural, PGD-20 and APGD-CE + T on 10,000 images, half of them robust: 13 PFLOP and a batch filled up for each target,
-# at 60 TFLOP/s in TF32
-EVALUATION = 250.0
-AUTOATTACK = 180.0  # on 1,000
-# Seconds an epoch at batch 512 on paper, until the part `speed` has measured them; TRAIN's share and AWP's on top.
-PACE = {"standard": 0.9, "at": 7.0, "trades": 8.2, "mart": 7.9}
-TRAIN_SHARE = {"standard": 1.3, "at": 1.18, "trades": 1.06, "mart": 1.06}
-AWP_SHARE, SMALL_BATCH_SHARE = 1.2, 1.15
+ARM_START = 25.0  # compiling and recording, most of it read from the compiler's cache
+WORKER_START = 15.0  # with several GPUs every arm is a process: importing and reading the data again
+VALIDATION = 1.0
+EVALUATION = 105.0  # natural, PGD-20 and APGD-CE + T on 10,000 images, measured on an H100; so are the paces below
+AUTOATTACK = 180.0  # on 1,000, on paper
+# Seconds an epoch at batch 512, until the part `speed` has measured them; TRAIN's share and AWP's on top.
+PACE = {"standard": 1.3, "at": 4.6, "trades": 5.5, "mart": 5.5}
+TRAIN_SHARE = {"standard": 1.3, "at": 1.2, "trades": 1.06, "mart": 1.06}
+AWP_SHARE, SMALL_BATCH_SHARE = 1.2, 1.2
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,32 @@ class Arm:
         """What decides the seconds of an epoch: host, TRAIN, AWP, batch."""
         settings = self.settings
         train = settings.get("topology.weight", 0) > 0 or bool(settings.get("topology.control"))
-        batch = int(settings.get("batch_size", 128 if self.base == LONG else 512))
+        batch = int(settings.get("batch_size", 128))
         return self.host, train, "awp.gamma" in settings, batch
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Kernel and lambda of TRAIN for one host."""
+    """What was chosen for one host: the learning rate, without TRAIN and with it, and TRAIN's kernel and lambda."""
 
+    rate: float
     kernel: str
     weight: float
 
-    def settings(self) -> dict[str, Any]:
-        return {"topology.kernel": self.kernel, "topology.weight": self.weight}
+    @property
+    def alone(self) -> dict[str, Any]:
+        return {"optimizer.lr": self.rate}
+
+    @property
+    def train(self) -> dict[str, Any]:
+        return {**self.alone, "topology.kernel": self.kernel, "topology.weight": self.weight}
 
 
 def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
     """The arms of every part; `at` is for MART too."""
     short = {"epochs": 15, "validation.every": 5, "topology.metrics": False}
-    scales = {"cosine": (10.0, 30.0, 100.0, 300.0), "softmax-cosine": (0.1, 0.3, 1.0, 3.0)}
+    scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.03, 0.1, 0.3, 1.0)}
+    chosen = {"at": at, "trades": trades}
     aa = ("autoattack",)
     long = {"validation.every": 2}
     return {
@@ -96,45 +102,48 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             for host, weight in (("at", 0.0), ("at", 100.0), ("trades", 0.0), ("trades", 100.0))
         ],
         "standard": [standard(tuning=False)],
+        "rate": [
+            Arm(f"tune-{host}-rate-{rate:g}", {"host": host, "optimizer.lr": rate, **short},
+                tuning=True, reference=False, both=False)
+            for host in chosen
+            for rate in RATES
+        ],
         "lambda": [
-            Arm(f"tune-{host}-{name}-{weight:g}", {"host": host, **Choice(name, weight).settings(), **short},
-                tuning=True, both=False)
-            for host in ("at", "trades")
+            Arm(f"tune-{host}-{name}-{weight:g}",
+                {"host": host, **replace(own, kernel=name, weight=weight).train, **short}, tuning=True, both=False)
+            for host, own in chosen.items()
             for name, weights in scales.items()
             for weight in weights
         ],
-        "beta": [
-            Arm("tune-at", {"host": "at", **short}, tuning=True, reference=False, both=False),
-            *(
-                Arm(f"tune-trades-beta-{beta:g}", {"host": "trades", "beta": beta, **short},
-                    tuning=True, reference=False, both=False)
-                for beta in (1.0, 2.0, 3.0, 6.0, 9.0)
-            ),
+        "beta": [  # 6 is among the rates
+            Arm(f"tune-trades-beta-{beta:g}", {"host": "trades", "beta": beta, **trades.alone, **short},
+                tuning=True, reference=False, both=False)
+            for beta in (1.0, 2.0, 3.0, 9.0)
         ],
         "main": [
-            Arm("at", {"host": "at"}, final=aa),
-            Arm("at+train", {"host": "at", **at.settings()}, final=aa),
-            Arm("trades", {"host": "trades"}, final=aa),
-            Arm("trades+train", {"host": "trades", **trades.settings()}, final=aa),
-            Arm("at-control", {"host": "at", "topology.control": True}),
-            Arm("mart", {"host": "mart"}, final=aa),
-            Arm("mart+train", {"host": "mart", **at.settings()}, final=aa),
+            Arm("at", {"host": "at", **at.alone}, final=aa),
+            Arm("at+train", {"host": "at", **at.train}, final=aa),
+            Arm("trades", {"host": "trades", **trades.alone}, final=aa),
+            Arm("trades+train", {"host": "trades", **trades.train}, final=aa),
+            Arm("at-control", {"host": "at", "topology.control": True, **at.alone}),
+            Arm("mart", {"host": "mart", **at.alone}, final=aa),
+            Arm("mart+train", {"host": "mart", **at.train}, final=aa),
         ],
         "epsilons": [
             Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,
-                                    "attack.step_size": max(each, 1) / 4 / 255, "epochs": 15},
+                                    "attack.step_size": max(each, 1) / 4 / 255, "epochs": 15, **at.alone},
                 attacks=("natural", "pgd20"), both=False)
             for each in (0, 2, 4, 8)
         ],
         "everything": [
-            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at.settings()}, final=aa),
-            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades.settings()}, final=aa),
+            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at.train}, final=aa),
+            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades.train}, final=aa),
         ],
         "long": [
-            Arm("long-at", {"host": "at", **long}, LONG, final=aa),
-            Arm("long-at+train", {"host": "at", **at.settings(), **long}, LONG, final=aa),
-            Arm("long-trades", {"host": "trades", **long}, LONG, final=aa),
-            Arm("long-trades+train", {"host": "trades", **trades.settings(), **long}, LONG, final=aa),
+            Arm("long-at", {"host": "at", **at.alone, **long}, LONG, final=aa),
+            Arm("long-at+train", {"host": "at", **at.train, **long}, LONG, final=aa),
+            Arm("long-trades", {"host": "trades", **trades.alone, **long}, LONG, final=aa),
+            Arm("long-trades+train", {"host": "trades", **trades.train, **long}, LONG, final=aa),
         ],
     }  # fmt: skip
 
@@ -262,9 +271,9 @@ def next_job(
         there: see `seconds_on`.
         first: of the GPUs, on which all speeds are measured: two differ by as much as TRAIN may cost.
     """
-    sweeping = any(job.part in SWEEPS for job in left)
+    stage = min((STAGES[job.part] for job in left if job.part in STAGES), default=0)
     for job in left:
-        waits = (sweeping and job.part in AFTER_SWEEPS) or (job.part == "speed" and not first)
+        waits = STAGES.get(job.part, 0) > stage or (job.part == "speed" and not first)
         if not waits and job.name not in barred and seconds_on(job, there) <= seconds:
             return job
     return None

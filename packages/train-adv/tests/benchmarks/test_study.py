@@ -28,7 +28,7 @@ def modules(monkeypatch):
 @pytest.fixture
 def start(modules):
     _, arms, report = modules
-    return arms.parts(report.START["at"], report.START["trades"])
+    return arms.parts(report.START, report.START)
 
 
 def test_sweeps_see_no_test_image(modules):
@@ -49,28 +49,32 @@ def test_sweeps_see_no_test_image(modules):
 
 def test_every_sweep_is_judged_on_held_out_training_images_and_nothing_else_is(start):
     for part, arms in start.items():
-        assert all(arm.tuning == (part in ("lambda", "beta")) for arm in arms), part
+        assert all(arm.tuning == (part in ("rate", "lambda", "beta")) for arm in arms), part
 
 
-def result(arm: str, natural: float, apgd: float, weight: float = 0.0, kernel: str = "cosine") -> dict:
+def result(arm: str, natural: float, apgd: float, weight: float = 0.0, kernel: str = "cosine", rate=0.1) -> dict:
     figures = {"natural": {"accuracy": natural}, "apgd": {"accuracy": apgd}}
-    config = {"topology.weight": weight, "topology.kernel": kernel}
+    config = {"topology.weight": weight, "topology.kernel": kernel, "optimizer.lr": rate}
     return {"arm": arm, "evaluation": {"last": figures}, "config": config}
 
 
 def test_the_choice_is_the_best_of_those_that_cost_no_robustness(modules):
     _, _, report = modules
     results = [
-        result("tune-at", 0.80, 0.480),
-        result("tune-at-cosine-100", 0.83, 0.479, 100.0),
-        result("tune-at-cosine-300", 0.86, 0.469, 300.0),
+        result("tune-at-rate-0.2", 0.80, 0.480, rate=0.2),
+        result("tune-at-rate-0.05", 0.79, 0.485, rate=0.05),
+        result("tune-trades-rate-0.1", 0.90, 0.490),
+        result("tune-at-cosine-100", 0.83, 0.478, 100.0),
+        result("tune-at-cosine-300", 0.86, 0.474, 300.0),
         {"arm": "tune-at-cosine-10", "evaluation": {}, "config": {}, "failed": "the loss is not a number"},
         result("tune-at-softmax-cosine-0.1", 0.82, 0.482, 0.1, "softmax-cosine"),
         result("at+train", 0.99, 0.99, 7.0),  # judged on test images: must not be looked at
     ]
-    assert report.choose(results, "at") == report.Choice("cosine", 100.0)
-    assert report.choose(results[:1], "at") == report.START["at"]
-    assert report.choose([results[0], results[2]], "at") == report.Choice("cosine", 300.0)
+    assert report.choose(results, "at") == report.Choice(0.2, "cosine", 100.0)
+    assert report.choose([], "at") == report.START
+    assert report.choose(results[1:2], "at") == report.Choice(0.05, report.START.kernel, report.START.weight)
+    assert report.choose([results[0], results[4]], "at") == report.Choice(0.2, "cosine", 300.0)
+    assert report.choose([*results, result("tune-trades-beta-1", 0.95, 0.5)], "trades").rate == 0.1
 
 
 def test_leases_fit_and_hold_every_arm_once(modules, start):
@@ -89,14 +93,14 @@ def test_leases_fit_and_hold_every_arm_once(modules, start):
 
 def test_measured_seconds_replace_those_on_paper(modules, start):
     _, arms, _ = modules
-    speed = next(arm for arm in start["speed"] if arm.name == "speed-at-512")
+    speed = next(arm for arm in start["speed"] if arm.name == "speed-at-128")
     at = next(arm for arm in start["main"] if arm.name == "at")
     known = [
         {"arm": speed.name, "seconds_per_epoch_after_the_first": 2.0},
         {"arm": at.name, "judge_seconds": {"last": 30.0, "autoattack": 80.0}},
     ]
     costs = arms.Costs.measured(known, [speed, at])
-    saved = 30 * (arms.PACE["at"] - 2.0) + 2 * (arms.EVALUATION - 30) + arms.AUTOATTACK - 80
+    saved = 30 * (arms.PACE["at"] * arms.SMALL_BATCH_SHARE - 2.0) + 2 * (arms.EVALUATION - 30) + arms.AUTOATTACK - 80
     assert arms.Costs().of(at) - costs.of(at) == pytest.approx(saved)
     tuned = next(arm for arm in start["lambda"] if arm.name == "tune-at-cosine-100")
     half = arms.Costs.measured([{"arm": tuned.name, "judge_seconds": {"last": 20.0}}], [tuned, at])
@@ -135,11 +139,11 @@ def quick() -> list[str]:
 @pytest.mark.slow
 def test_an_arm_that_diverges_is_told_and_not_tried_again(modules, tmp_path, monkeypatch, capsys):
     study, _, _ = modules
-    arguments = ["study.py", "run", "beta", "--seeds", "0", "--only", "tune-at", "--gpus", "1", *quick()]
+    arguments = ["study.py", "run", "beta", "--seeds", "0", "--only", "tune-trades-beta-1", "--gpus", "1", *quick()]
     arguments += ["--set", "optimizer.lr=1e30", "--set", "epochs=3"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
     assert study.main() == 0
-    told = json.loads((tmp_path / "o" / "tune-at-0.json").read_text())
+    told = json.loads((tmp_path / "o" / "tune-trades-beta-1-0.json").read_text())
     assert "not a number" in told["failed"] and told["complete"]
     assert "not a number" in capsys.readouterr().out
     assert study.main() == 0 and "0 arms are left" in capsys.readouterr().out
@@ -168,7 +172,7 @@ def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tmp_path):
-    only = "epsilon-0,epsilon-2,tune-at"
+    only = "epsilon-0,epsilon-2,tune-trades-beta-1"
     arguments = ["run", "epsilons", "beta", "--only", only, "--gpus", "2", *quick()]
     arguments += ["--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1,-2"}  # torch sees none of them
@@ -177,7 +181,7 @@ def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tm
     assert result.returncode == 0, result.stdout + result.stderr
     found = {name: json.loads((tmp_path / "o" / f"{name}-0.json").read_text()) for name in only.split(",")}
     assert all(each["complete"] for each in found.values())
-    swept = (tmp_path / "o" / "tune-at-0.json").stat().st_mtime
+    swept = (tmp_path / "o" / "tune-trades-beta-1-0.json").stat().st_mtime
     assert all(
         datetime.fromisoformat(found[name]["started"]).timestamp() > swept for name in ("epsilon-0", "epsilon-2")
     )
