@@ -211,7 +211,7 @@ def test_shared_leases_fit_hold_every_arm_once_and_have_the_sweeps_first(modules
         last = max(number for number, (lanes, _) in enumerate(found) if has(lanes, earlier))
         assert last <= min(number for number, (lanes, _) in enumerate(found) if has(lanes, later))
     text = arms.plan(jobs, 24, 4)
-    assert f"lease {len(found)}:" in text and "gpu3" in text
+    assert f"lease {len(found)}:" in text and "gpu3" in text and "DOES NOT FIT 24 min" in text
 
 
 def has(lanes, parts) -> bool:
