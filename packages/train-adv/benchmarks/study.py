@@ -10,7 +10,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     standard    the standard models
     rate        AT and TRADES at three learning rates, 15 epochs, seed 0
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
-    beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
+    beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, and 9 + TRAIN, 15 epochs, seed 0
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES

@@ -91,7 +91,7 @@ class Choice:
 def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
     """The arms of every part; `at` is for MART too."""
     short = {"epochs": 15, "validation.every": 5, "topology.metrics": False}
-    scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.03, 0.1, 0.3, 1.0)}
+    scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.1, 0.3)}
     chosen = {"at": at, "trades": trades}
     aa = ("autoattack",)
     long = {"validation.every": 2}
@@ -119,6 +119,12 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             Arm(f"tune-trades-beta-{beta:g}", {"host": "trades", "beta": beta, **trades.alone, **short},
                 tuning=True, reference=False, both=False)
             for beta in (1.0, 2.0, 3.0, 9.0)
+        ]
+        + [  # is TRAIN's frontier above it?
+            Arm(f"tune-trades-beta-9-cosine-{weight:g}",
+                {"host": "trades", "beta": 9.0, **replace(trades, kernel="cosine", weight=weight).train, **short},
+                tuning=True, both=False)
+            for weight in (10.0, 30.0)
         ],
         "main": [
             Arm("at", {"host": "at", **at.alone}, final=aa),
