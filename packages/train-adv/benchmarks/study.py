@@ -10,17 +10,19 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     standard    the standard models
     rate        AT and TRADES at three learning rates, 15 epochs, seed 0
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
-    beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, and 9 + TRAIN, 15 epochs, seed 0
+    beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
+    joint       TRADES + TRAIN at the chosen beta, lambda in powers of 3, 15 epochs, seed 0
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
-    everything  AWP + TRAIN + EMA, 30 epochs, AT and TRADES
-    long        100 epochs at batch 128; --only one pair
+    everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
+    long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
+    edges       settings beyond the sweeps' edges: looked at, never chosen
 
-Nothing is chosen on test images. `rate`, `lambda` and `beta` train without a tenth of the training images, the same
-5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is their standard
-model. The other parts take rate, kernel and lambda by the rules of `study_report.choose` from those figures (`--at`,
-`--trades` override them), are trained on all training images but their 2 % for validation, and are judged on the test
-images.
+Nothing is chosen on test images. The sweeps (`rate`, `lambda`, `beta`, `joint`, `edges`) train without a tenth of the
+training images, the same 5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone;
+so is their standard model. The other parts take rate, beta, kernel and lambda by the rules of `study_report.choose`
+from those figures (`--at`, `--trades` override them), are trained on all training images but their 2 % for validation,
+and are judged on the test images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
@@ -29,7 +31,8 @@ model is deterministic and is trained again in under a minute (each JSON has its
 
 With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
 Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
-`lambda` and `beta` wait until no arm of `rate` is left, where it is asked for, and the parts below them for all three.
+A sweep waits until no arm is left of those that it is chosen from, where they are asked for; the parts below wait for
+all sweeps.
 An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
 
 Every lease is the same call on a fresh machine. Where a command may not last so long, start it in the background, as
@@ -74,7 +77,7 @@ from train_adv.training.trainer import Diverged
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALONE = World(0, 1, 0)
 EPSILON = 8 / 255
-TUNING_SEED, TUNING_SHARE = 20231, 0.1  # of the split that lambda and beta are chosen on: never the runs' seeds
+TUNING_SEED, TUNING_SHARE = 20231, 0.1  # of the split that all is chosen on: never the runs' seeds
 
 
 def main() -> int:
@@ -112,7 +115,7 @@ def parse() -> argparse.Namespace:
                         help="how many to use, an arm at a time on each; default: all that torch sees")  # fmt: skip
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of the lease, for the processes of its GPUs
     parser.add_argument("--at", type=_choice, help="RATE:KERNEL:LAMBDA for AT and MART, instead of the sweeps'")
-    parser.add_argument("--trades", type=_choice, help="RATE:KERNEL:LAMBDA for TRADES, instead of the sweeps'")
+    parser.add_argument("--trades", type=_choice, help="RATE:KERNEL:LAMBDA:BETA for TRADES, instead of the sweeps'")
     parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
     arguments = parser.parse_args()
@@ -125,8 +128,8 @@ def parse() -> argparse.Namespace:
 
 
 def _choice(text: str) -> Choice:
-    rate, kernel, weight = text.split(":")
-    return Choice(float(rate), kernel, float(weight))
+    rate, kernel, weight, *beta = text.split(":")
+    return Choice(float(rate), kernel, float(weight), *map(float, beta))
 
 
 def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[Job]:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
-PARTS = ("speed", "standard", "rate", "lambda", "beta", "main", "epsilons", "everything", "long")
-# What each part needs: rates are chosen first, then kernel and lambda, and the rest is trained with these.
-STAGES = {"rate": 1, "lambda": 2, "beta": 2, "main": 3, "epsilons": 3, "everything": 3, "long": 3}
+PARTS = ("speed", "standard", "rate", "lambda", "beta", "joint", "main", "epsilons", "everything", "long", "edges")
+# What each part needs: rates are chosen first, then lambda and beta, then lambda at that beta; the rest has them all.
+STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, **dict.fromkeys(("main", "epsilons", "everything", "long"), 4)}
 RATES = (0.05, 0.1, 0.2)
+BETA = 6.0  # TRADES' customary one
+LONG_RATE = 0.1  # that of public recipes of 100 epochs and more
 JUDGED = ("natural", "pgd20", "apgd")
+SHORT = {"epochs": 15, "validation.every": 5, "topology.metrics": False}
 LEASE_START = 60.0  # seconds: unpacking the data, importing, the first kernels
 STANDARD = 75.0  # the standard model that a bare machine trains again, compiling included
 ARM_START = 25.0  # compiling and recording, most of it read from the compiler's cache
@@ -36,7 +39,7 @@ class Arm:
         tuning: trained without, and judged on, a tenth of the training images, so that nothing is chosen on the test
             images (see `study.tuning_split`).
         attacks: on the last checkpoint, and on the best one where that is of another epoch; none: only timed.
-        final: on the last checkpoint besides; on the best one too in the long runs, which overfit robustly at the end.
+        final: on the last checkpoint besides; on the best one too in the part `long`, whose ends may have overfitted.
         reference: whether it needs the standard model of its seed (for TRAIN, or for the metrics of topology).
         both: judge the best checkpoint too.
     """
@@ -60,7 +63,7 @@ class Arm:
 
     @property
     def final_of_both(self) -> bool:
-        return self.both and self.base == LONG
+        return self.both and self.name.startswith("long")
 
     @property
     def kind(self) -> tuple[str, bool, bool, int]:
@@ -73,15 +76,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one host: the learning rate, without TRAIN and with it, and TRAIN's kernel and lambda."""
+    """What was chosen for one host: learning rate and TRADES' beta, without TRAIN and with it; kernel and lambda."""
 
     rate: float
     kernel: str
     weight: float
+    beta: float | None = None
 
     @property
     def alone(self) -> dict[str, Any]:
-        return {"optimizer.lr": self.rate}
+        return {"optimizer.lr": self.rate} | ({} if self.beta is None else {"beta": self.beta})
 
     @property
     def train(self) -> dict[str, Any]:
@@ -90,11 +94,11 @@ class Choice:
 
 def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
     """The arms of every part; `at` is for MART too."""
-    short = {"epochs": 15, "validation.every": 5, "topology.metrics": False}
     scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.1, 0.3)}
-    chosen = {"at": at, "trades": trades}
+    chosen = {"at": at, "trades": replace(trades, beta=BETA)}
+    at_, trades_ = (replace(each, rate=LONG_RATE) for each in (at, trades))  # of the long runs
     aa = ("autoattack",)
-    long = {"validation.every": 2}
+    rare = {"validation.every": 2}
     return {
         "speed": [
             Arm(f"speed-{host}{'+train' if weight else ''}-{size}", _speed(host, weight, size), attacks=())
@@ -103,28 +107,21 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
         ],
         "standard": [standard(tuning=False)],
         "rate": [
-            Arm(f"tune-{host}-rate-{rate:g}", {"host": host, "optimizer.lr": rate, **short},
-                tuning=True, reference=False, both=False)
-            for host in chosen
+            _alone(host, replace(own, rate=rate))
+            for host, own in chosen.items()
             for rate in RATES
         ],
         "lambda": [
-            Arm(f"tune-{host}-{name}-{weight:g}",
-                {"host": host, **replace(own, kernel=name, weight=weight).train, **short}, tuning=True, both=False)
+            _with_train(host, replace(own, kernel=name, weight=weight))
             for host, own in chosen.items()
             for name, weights in scales.items()
             for weight in weights
         ],
-        "beta": [  # 6 is among the rates
-            Arm(f"tune-trades-beta-{beta:g}", {"host": "trades", "beta": beta, **trades.alone, **short},
-                tuning=True, reference=False, both=False)
-            for beta in (1.0, 2.0, 3.0, 9.0)
-        ]
-        + [  # is TRAIN's frontier above it?
-            Arm(f"tune-trades-beta-9-cosine-{weight:g}",
-                {"host": "trades", "beta": 9.0, **replace(trades, kernel="cosine", weight=weight).train, **short},
-                tuning=True, both=False)
-            for weight in (10.0, 30.0)
+        "beta": [_alone("trades", replace(trades, beta=beta)) for beta in (1.0, 2.0, 3.0, 9.0)],  # 6 is among the rates
+        "joint": [
+            _with_train("trades", replace(trades, kernel="cosine", weight=weight))
+            for weight in scales["cosine"]
+            if trades.beta not in (None, BETA)
         ],
         "main": [
             Arm("at", {"host": "at", **at.alone}, final=aa),
@@ -142,16 +139,33 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             for each in (0, 2, 4, 8)
         ],
         "everything": [
-            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at.train}, final=aa),
-            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades.train}, final=aa),
+            Arm("everything-at", {"host": "at", "awp.gamma": 0.01, **at_.train, **rare}, LONG, final=aa),
+            Arm("everything-trades", {"host": "trades", "awp.gamma": 0.005, **trades_.train, **rare}, LONG, final=aa),
         ],
         "long": [
-            Arm("long-at", {"host": "at", **at.alone, **long}, LONG, final=aa),
-            Arm("long-at+train", {"host": "at", **at.train, **long}, LONG, final=aa),
-            Arm("long-trades", {"host": "trades", **trades.alone, **long}, LONG, final=aa),
-            Arm("long-trades+train", {"host": "trades", **trades.train, **long}, LONG, final=aa),
+            Arm("long-at", {"host": "at", **at_.alone, **rare}, LONG, final=aa),
+            Arm("long-at+train", {"host": "at", **at_.train, **rare}, LONG, final=aa),
+            Arm("long-trades", {"host": "trades", **trades_.alone, **rare}, LONG, final=aa),
+            Arm("long-trades+train", {"host": "trades", **trades_.train, **rare}, LONG, final=aa),
+        ],
+        "edges": [
+            _alone("at", replace(at, rate=2 * max(RATES))),
+            _alone("trades", replace(trades, rate=2 * max(RATES))),
+            _with_train("at", replace(at, kernel="cosine", weight=300.0)),
         ],
     }  # fmt: skip
+
+
+def _alone(host: str, own: Choice) -> Arm:
+    """A host's arm of the sweeps."""
+    name = f"tune-{host}-rate-{own.rate:g}" + ("" if own.beta in (None, BETA) else f"-beta-{own.beta:g}")
+    return Arm(name, {"host": host, **own.alone, **SHORT}, tuning=True, reference=False, both=False)
+
+
+def _with_train(host: str, own: Choice) -> Arm:
+    """The same with TRAIN."""
+    name = f"{_alone(host, own).name}-{own.kernel}-{own.weight:g}"
+    return Arm(name, {"host": host, **own.train, **SHORT}, tuning=True, both=False)
 
 
 def standard(*, tuning: bool) -> Arm:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from study_arms import Choice
+from study_arms import BETA, RATES, Choice
 
 from train_adv.evaluation.statistics import paired_difference
 
@@ -17,28 +17,48 @@ TOLERANCE = 0.003  # robust accuracy that TRAIN may cost in the choice, as in th
 
 
 def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
-    """Learning rate, kernel and lambda for a host, by rules fixed beforehand and on held-out training images alone.
+    """A host's learning rate and beta, TRAIN's kernel and lambda, by fixed rules and held-out training images alone.
 
-    The rate is that of the host alone with the largest sum of natural and APGD accuracy. Of TRAIN's settings whose APGD
-    accuracy is at most 0.3 points below the host's own at that rate, the one with the largest sum; where there is none,
-    the one with the largest sum of all. A setting that diverged has no figures.
+    The rate is that of the host alone, at its customary beta, with the largest sum of natural and APGD accuracy. Then
+    beta, then kernel and lambda at that beta, by one rule for host and TRAIN: of the settings whose APGD accuracy is at
+    most 0.3 points below that before, the one with the largest sum; where there is none, the one with the largest sum
+    of all. A setting that diverged has no figures, and rates beyond those of the part `rate` are only looked at.
     """
     swept = [
         each
         for each in results
-        if each["arm"].startswith(f"tune-{host}-") and "last" in each["evaluation"] and "beta" not in each["arm"]
+        if each["arm"].startswith(f"tune-{host}-")
+        and "last" in each["evaluation"]
+        and each["config"]["optimizer.lr"] in RATES
     ]
-    alone = [each for each in swept if not each["config"].get("topology.weight", 0)]
-    own = [each for each in swept if each not in alone]
-    if not alone:
+    alone = [each for each in swept if not each["config"]["topology.weight"]]
+    customary = [each for each in alone if _beta(each) == BETA]
+    if not customary:
         return START
-    base = max(alone, key=_total)
+    base = max(customary, key=_total)
     rate = base["config"]["optimizer.lr"]
-    if not own:
-        return replace(START, rate=rate)
-    floor = figure(base, "apgd") - TOLERANCE
-    best = max([each for each in own if figure(each, "apgd") >= floor] or own, key=_total)
-    return Choice(rate, best["config"]["topology.kernel"], best["config"]["topology.weight"])
+    own = _best([each for each in alone if each["config"]["optimizer.lr"] == rate], base)
+    beta = _beta(own) if host == "trades" else None
+    trained = [
+        each
+        for each in swept
+        if each not in alone and each["config"]["optimizer.lr"] == rate and _beta(each) == _beta(own)
+    ]
+    if not trained:
+        return replace(START, rate=rate, beta=beta)
+    best = _best(trained, own)["config"]
+    return Choice(rate, best["topology.kernel"], best["topology.weight"], beta)
+
+
+def _best(found: Sequence[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    floor = figure(before, "apgd") - TOLERANCE
+    return max([each for each in found if figure(each, "apgd") >= floor] or found, key=_total)
+
+
+def _beta(found: dict[str, Any]) -> float:
+    """Of TRADES; the customary one is not always written out. Hosts without a beta all have the same."""
+    beta = found["config"].get("beta")
+    return BETA if beta is None else float(beta)
 
 
 def _total(found: dict[str, Any]) -> float:

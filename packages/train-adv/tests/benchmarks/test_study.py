@@ -49,12 +49,12 @@ def test_sweeps_see_no_test_image(modules):
 
 def test_every_sweep_is_judged_on_held_out_training_images_and_nothing_else_is(start):
     for part, arms in start.items():
-        assert all(arm.tuning == (part in ("rate", "lambda", "beta")) for arm in arms), part
+        assert all(arm.tuning == (part in ("rate", "lambda", "beta", "joint", "edges")) for arm in arms), part
 
 
-def result(arm: str, natural: float, apgd: float, weight: float = 0.0, kernel: str = "cosine", rate=0.1) -> dict:
+def result(arm: str, natural: float, apgd: float, weight=0.0, kernel="cosine", rate=0.1, beta=None) -> dict:
     figures = {"natural": {"accuracy": natural}, "apgd": {"accuracy": apgd}}
-    config = {"topology.weight": weight, "topology.kernel": kernel, "optimizer.lr": rate}
+    config = {"topology.weight": weight, "topology.kernel": kernel, "optimizer.lr": rate, "beta": beta}
     return {"arm": arm, "evaluation": {"last": figures}, "config": config}
 
 
@@ -63,18 +63,37 @@ def test_the_choice_is_the_best_of_those_that_cost_no_robustness(modules):
     results = [
         result("tune-at-rate-0.2", 0.80, 0.480, rate=0.2),
         result("tune-at-rate-0.05", 0.79, 0.485, rate=0.05),
+        result("tune-at-rate-0.4", 0.95, 0.5, rate=0.4),  # beyond the edge: looked at only
         result("tune-trades-rate-0.1", 0.90, 0.490),
-        result("tune-at-cosine-100", 0.83, 0.478, 100.0),
-        result("tune-at-cosine-300", 0.86, 0.474, 300.0),
-        {"arm": "tune-at-cosine-10", "evaluation": {}, "config": {}, "failed": "the loss is not a number"},
-        result("tune-at-softmax-cosine-0.1", 0.82, 0.482, 0.1, "softmax-cosine"),
+        result("tune-at-rate-0.2-cosine-100", 0.83, 0.478, 100.0, rate=0.2),
+        result("tune-at-rate-0.2-cosine-300", 0.86, 0.474, 300.0, rate=0.2),
+        result("tune-at-rate-0.1-cosine-30", 0.90, 0.490, 30.0, rate=0.1),  # of another rate
+        {"arm": "tune-at-rate-0.2-cosine-10", "evaluation": {}, "config": {}, "failed": "the loss is not a number"},
+        result("tune-at-rate-0.2-softmax-cosine-0.1", 0.82, 0.482, 0.1, "softmax-cosine", 0.2),
         result("at+train", 0.99, 0.99, 7.0),  # judged on test images: must not be looked at
     ]
     assert report.choose(results, "at") == report.Choice(0.2, "cosine", 100.0)
     assert report.choose([], "at") == report.START
     assert report.choose(results[1:2], "at") == report.Choice(0.05, report.START.kernel, report.START.weight)
-    assert report.choose([results[0], results[4]], "at") == report.Choice(0.2, "cosine", 300.0)
-    assert report.choose([*results, result("tune-trades-beta-1", 0.95, 0.5)], "trades").rate == 0.1
+    assert report.choose([results[0], results[5]], "at") == report.Choice(0.2, "cosine", 300.0)
+
+
+def test_beta_is_tuned_for_trades_by_the_rule_that_tunes_lambda_for_train(modules):
+    _, arms, report = modules
+    results = [
+        result("tune-trades-rate-0.2", 0.74, 0.431, rate=0.2),
+        result("tune-trades-rate-0.2-beta-2", 0.81, 0.415, rate=0.2, beta=2.0),
+        result("tune-trades-rate-0.2-beta-3", 0.79, 0.432, rate=0.2, beta=3.0),
+        result("tune-trades-rate-0.2-cosine-30", 0.90, 0.5, 30.0, rate=0.2),  # at 6
+    ]
+    start = report.START
+    assert report.choose(results, "trades") == report.Choice(0.2, start.kernel, start.weight, 3.0)
+    results.append(result("tune-trades-rate-0.2-beta-3-cosine-10", 0.80, 0.433, 10.0, rate=0.2, beta=3.0))
+    assert report.choose(results, "trades") == report.Choice(0.2, "cosine", 10.0, 3.0)
+    assert report.choose([results[0], results[3]], "trades") == report.Choice(0.2, "cosine", 30.0, 6.0)
+    names = {arm.name for arm in arms.parts(start, report.choose(results, "trades"))["joint"]}
+    assert "tune-trades-rate-0.2-beta-3-cosine-10" in names
+    assert not arms.parts(start, report.choose(results[:1], "trades"))["joint"]  # lambda has them
 
 
 def test_leases_fit_and_hold_every_arm_once(modules, start):
@@ -102,7 +121,7 @@ def test_measured_seconds_replace_those_on_paper(modules, start):
     costs = arms.Costs.measured(known, [speed, at])
     saved = 30 * (arms.PACE["at"] * arms.SMALL_BATCH_SHARE - 2.0) + 2 * (arms.EVALUATION - 30) + arms.AUTOATTACK - 80
     assert arms.Costs().of(at) - costs.of(at) == pytest.approx(saved)
-    tuned = next(arm for arm in start["lambda"] if arm.name == "tune-at-cosine-100")
+    tuned = next(arm for arm in start["lambda"] if arm.name == "tune-at-rate-0.1-cosine-100")
     half = arms.Costs.measured([{"arm": tuned.name, "judge_seconds": {"last": 20.0}}], [tuned, at])
     assert half.evaluation == 40.0  # 10,000 images and not 5,000
     long = start["long"][0]
@@ -139,11 +158,22 @@ def quick() -> list[str]:
 @pytest.mark.slow
 def test_an_arm_that_diverges_is_told_and_not_tried_again(modules, tmp_path, monkeypatch, capsys):
     study, _, _ = modules
-    arguments = ["study.py", "run", "beta", "--seeds", "0", "--only", "tune-trades-beta-1", "--gpus", "1", *quick()]
+    arguments = [
+        "study.py",
+        "run",
+        "beta",
+        "--seeds",
+        "0",
+        "--only",
+        "tune-trades-rate-0.1-beta-1",
+        "--gpus",
+        "1",
+        *quick(),
+    ]
     arguments += ["--set", "optimizer.lr=1e30", "--set", "epochs=3"]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
     assert study.main() == 0
-    told = json.loads((tmp_path / "o" / "tune-trades-beta-1-0.json").read_text())
+    told = json.loads((tmp_path / "o" / "tune-trades-rate-0.1-beta-1-0.json").read_text())
     assert "not a number" in told["failed"] and told["complete"]
     assert "not a number" in capsys.readouterr().out
     assert study.main() == 0 and "0 arms are left" in capsys.readouterr().out
@@ -152,7 +182,7 @@ def test_an_arm_that_diverges_is_told_and_not_tried_again(modules, tmp_path, mon
 @pytest.mark.slow
 def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeypatch, capsys):
     study, _, _ = modules
-    only = "tune-at-cosine-100,at-control"
+    only = "tune-at-rate-0.1-cosine-100,at-control"
     arguments = ["study.py", "run", "lambda", "main", "--seeds", "0", "--only", only, "--gpus", "1", *quick()]
     monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")])
     assert study.main() == 0
@@ -172,7 +202,7 @@ def test_a_lease_trains_judges_and_skips_what_is_done(modules, tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tmp_path):
-    only = "epsilon-0,epsilon-2,tune-trades-beta-1"
+    only = "epsilon-0,epsilon-2,tune-trades-rate-0.1-beta-1"
     arguments = ["run", "epsilons", "beta", "--only", only, "--gpus", "2", *quick()]
     arguments += ["--out", str(tmp_path / "o"), "--work", str(tmp_path / "w")]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1,-2"}  # torch sees none of them
@@ -181,7 +211,7 @@ def test_several_gpus_do_the_sweeps_first_and_each_has_its_own_standard_model(tm
     assert result.returncode == 0, result.stdout + result.stderr
     found = {name: json.loads((tmp_path / "o" / f"{name}-0.json").read_text()) for name in only.split(",")}
     assert all(each["complete"] for each in found.values())
-    swept = (tmp_path / "o" / "tune-trades-beta-1-0.json").stat().st_mtime
+    swept = (tmp_path / "o" / "tune-trades-rate-0.1-beta-1-0.json").stat().st_mtime
     assert all(
         datetime.fromisoformat(found[name]["started"]).timestamp() > swept for name in ("epsilon-0", "epsilon-2")
     )
