@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,6 +85,61 @@ def unpack(text: str) -> torch.Tensor:
     count, _, digits = text.partition(":")
     bits = f"{int(digits or '0', 16):0{4 * len(digits)}b}"
     return torch.tensor([each == "1" for each in bits[: int(count)]], dtype=torch.bool)
+
+
+def publishable(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All arms for one file: without answers image by image and accuracies by class, and without a machine's paths."""
+    text = json.dumps([{key: value for key, value in each.items() if key != "answers"} for each in results])
+    for option, word in (("data-dir", "DATA"), ("out", "OUT"), ("work", "WORK")):
+        paths = {Path(each.split("/gpu")[0]) for each in re.findall(rf"--{option} ([^ \"]+)", text)}
+        for path in sorted(map(str, paths), key=len, reverse=True):
+            text = text.replace(path, word)
+    arms = json.loads(text)
+    for arm in arms:
+        for attacks in arm["evaluation"].values():
+            for each in attacks.values():
+                each.pop("per_class", None)
+    note = "answers image by image and accuracies by class are left out; a machine's paths are DATA, WORK and OUT"
+    return {"note": note, "arms": arms}
+
+
+def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Natural against APGD accuracy of the sweeps' arms at the chosen rates: TRADES along beta, TRAIN along lambda."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series: dict[str, list[tuple[float, float, float]]] = {}
+    for each in results:
+        host = each["arm"].removeprefix("tune-").split("-")[0]
+        if not each["arm"].startswith("tune-") or host not in HOSTS or "last" not in each["evaluation"]:
+            continue
+        config, name = each["config"], host.upper()
+        if config["optimizer.lr"] != choose(results, host).rate:
+            continue
+        setting = config["topology.weight"]
+        if setting:
+            beta = f" ({_beta(each):g})" if host == "trades" else ""
+            name = f"{name}{beta} + TRAIN, {config['topology.kernel']}"
+        elif host == "trades":
+            name, setting = "TRADES, beta", _beta(each)
+        series.setdefault(name, []).append((setting, figure(each, "natural"), figure(each, "apgd")))
+    drawing, axes = pyplot.subplots(figsize=(8, 5.5))
+    for name, points in series.items():
+        settings, natural, robust = zip(*sorted(points), strict=True)
+        style = "--s" if "softmax" in name else "-D" if name == "TRADES, beta" else "-o"
+        axes.plot([100 * x for x in natural], [100 * y for y in robust], style, label=name)
+        for setting, x, y in zip(settings, natural, robust, strict=True):
+            text = f"{setting:g}" if setting else ""
+            axes.annotate(text, (100 * x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("natural accuracy (%)")
+    axes.set_ylabel("APGD-CE + T accuracy (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    drawing.tight_layout()
+    drawing.savefig(path, dpi=110)
+    pyplot.close(drawing)
 
 
 def line(found: dict[str, Any]) -> str:

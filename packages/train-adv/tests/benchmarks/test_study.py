@@ -147,6 +147,27 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
     assert "at+train - at, natural, seeds [0]:" in report.report(results)
 
 
+def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_path):
+    _, _, report = modules
+    results = [
+        result("tune-at-rate-0.1", 0.74, 0.43),
+        result("tune-at-rate-0.1-cosine-30", 0.76, 0.44, 30.0),
+        result("tune-trades-rate-0.1-beta-3", 0.75, 0.43, beta=3.0),
+    ]
+    for each in results:
+        each["command"] = "study.py run --data-dir /data/here --work /w --out /o --only a --work /w/gpu1"
+        each["config"] |= {"data.dir": "/data/here", "topology.path": "/w/gpu1/standard-0"}
+        each["answers"] = {"last": {"apgd": "4:f"}}
+        each["evaluation"]["last"]["apgd"]["per_class"] = {}
+    published = report.publishable(results)
+    assert "/data" not in json.dumps(published) and "/w" not in json.dumps(published)
+    first = published["arms"][0]
+    assert first["config"]["topology.path"] == "WORK/gpu1/standard-0" and first["config"]["data.dir"] == "DATA"
+    assert "answers" not in first and "per_class" not in first["evaluation"]["last"]["apgd"] and "answers" in results[0]
+    report.plot_frontier(results, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
 def quick() -> list[str]:
     """Options for arms of seconds, on a CPU too."""
     keys = {"data.name": '"digits"', "model": '"small-cnn"', "engine": '"eager"', "dtype": '"fp32"', "epochs": "1",
