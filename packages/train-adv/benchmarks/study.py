@@ -59,7 +59,7 @@ import torch
 from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results, seconds_on
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
-from study_report import choose, line, pack, plot_frontier, publishable, report
+from study_report import choose, line, pack, plot_frontier, plot_topology, publishable, report
 
 from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config
@@ -91,6 +91,8 @@ def main() -> int:
             if arguments.to is not None:
                 write_json(arguments.to, publishable(results))
                 plot_frontier(results, arguments.to.with_name(f"{arguments.to.stem}-frontier.png"))
+                if any(each["arm"].startswith("epsilon-") for each in results):
+                    plot_topology(results, arguments.to.with_name(f"{arguments.to.stem}-topology.png"))
         elif arguments.action == "plan":
             print(plan(jobs(arguments, results), arguments.minutes, arguments.gpus))
         elif arguments.gpus > 1:
@@ -119,7 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of the lease, for the processes of its GPUs
     parser.add_argument("--at", type=_choice, help="RATE:KERNEL:LAMBDA for AT and MART, instead of the sweeps'")
     parser.add_argument("--trades", type=_choice, help="RATE:KERNEL:LAMBDA:BETA for TRADES, instead of the sweeps'")
-    parser.add_argument("--to", type=Path, help="with `report`: all arms in one file to publish, and a picture")
+    parser.add_argument("--to", type=Path, help="with `report`: all arms in one file to publish, and its pictures")
     parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
     arguments = parser.parse_args()

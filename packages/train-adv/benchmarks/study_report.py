@@ -142,6 +142,38 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
     pyplot.close(drawing)
 
 
+def plot_topology(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Topology metrics against natural accuracy, both on held-out training images, over the epochs of each radius."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {"knn_10": "10-NN overlap", "trustworthiness": "trustworthiness", "continuity": "continuity",
+              "cka": "linear CKA", "spearman": "Spearman of distances", "l_topo": "L_topo"}  # fmt: skip
+    drawing, axes = pyplot.subplots(2, 3, figsize=(11, 6.5), sharey=True)
+    for each in results:
+        epochs = [epoch for epoch in each.get("epochs", ()) if "topology_cka" in epoch]
+        if not each["arm"].startswith("epsilon-"):
+            continue
+        natural = [100 * epoch["val_natural"] for epoch in epochs]
+        for axis, metric in zip(axes.flat, titles, strict=True):
+            values = [epoch[f"topology_{metric}"] for epoch in epochs]
+            (drawn,) = axis.plot(values, natural, "-", alpha=0.6)
+            label = f"training epsilon {each['arm'].removeprefix('epsilon-')}/255, last epoch"
+            axis.plot(values[-1:], natural[-1:], "o", color=drawn.get_color(), label=label)
+    for axis, title in zip(axes.flat, titles.values(), strict=True):
+        axis.set_xlabel(title)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("natural accuracy (%)")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
+    drawing.tight_layout(rect=(0, 0.05, 1, 1))
+    drawing.savefig(path, dpi=110)
+    pyplot.close(drawing)
+
+
 def line(found: dict[str, Any]) -> str:
     """One arm in one line."""
     cells = [f"{found['arm']:28} seed {found['training']['seed']}"]

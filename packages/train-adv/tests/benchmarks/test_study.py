@@ -166,6 +166,9 @@ def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_
     assert "answers" not in first and "per_class" not in first["evaluation"]["last"]["apgd"] and "answers" in results[0]
     report.plot_frontier(results, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    first_pass = json.loads((BENCHMARKS.parent / "results" / "study-batch512.json").read_text())
+    report.plot_topology(first_pass["arms"], tmp_path / "topology.png")
+    assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")
 
 
 def quick() -> list[str]:
