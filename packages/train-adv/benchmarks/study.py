@@ -16,7 +16,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
-    edges       settings beyond the sweeps' edges: looked at, never chosen
+    edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
 Nothing is chosen on test images. The sweeps (`rate`, `lambda`, `beta`, `joint`, `edges`) train without a tenth of the
 training images, the same 5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone;

@@ -149,10 +149,15 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             Arm("long-trades+train", {"host": "trades", **trades_.train, **rare}, LONG, final=aa),
         ],
         "edges": [
-            _alone("at", replace(at, rate=2 * max(RATES))),
-            _alone("trades", replace(trades, rate=2 * max(RATES))),
-            _with_train("at", replace(at, kernel="cosine", weight=300.0)),
-        ],
+            replace(arm, name=arm.name.replace("tune", "edge"))
+            for arm in (
+                _alone("at", replace(at, rate=2 * max(RATES))),
+                _alone("trades", replace(trades, rate=2 * max(RATES))),
+                _with_train("at", replace(at, kernel="cosine", weight=300.0)),
+            )
+        ]
+        + [Arm("edge-at-no-average", {**_alone("at", at).settings, "averaging.kind": "none"},
+               tuning=True, reference=False, both=False)],
     }  # fmt: skip
 
 

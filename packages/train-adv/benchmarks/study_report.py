@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_arms import BETA, RATES, Choice
+from study_arms import BETA, Choice
 
 from train_adv.evaluation.statistics import paired_difference
 
@@ -25,15 +25,9 @@ def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
     The rate is that of the host alone, at its customary beta, with the largest sum of natural and APGD accuracy. Then
     beta, then kernel and lambda at that beta, by one rule for host and TRAIN: of the settings whose APGD accuracy is at
     most 0.3 points below that before, the one with the largest sum; where there is none, the one with the largest sum
-    of all. A setting that diverged has no figures, and rates beyond those of the part `rate` are only looked at.
+    of all. A setting that diverged has no figures.
     """
-    swept = [
-        each
-        for each in results
-        if each["arm"].startswith(f"tune-{host}-")
-        and "last" in each["evaluation"]
-        and each["config"]["optimizer.lr"] in RATES
-    ]
+    swept = [each for each in results if each["arm"].startswith(f"tune-{host}-") and "last" in each["evaluation"]]
     alone = [each for each in swept if not each["config"]["topology.weight"]]
     customary = [each for each in alone if _beta(each) == BETA]
     if not customary:

@@ -63,7 +63,7 @@ def test_the_choice_is_the_best_of_those_that_cost_no_robustness(modules):
     results = [
         result("tune-at-rate-0.2", 0.80, 0.480, rate=0.2),
         result("tune-at-rate-0.05", 0.79, 0.485, rate=0.05),
-        result("tune-at-rate-0.4", 0.95, 0.5, rate=0.4),  # beyond the edge: looked at only
+        result("edge-at-rate-0.4", 0.95, 0.5, rate=0.4),  # looked at only
         result("tune-trades-rate-0.1", 0.90, 0.490),
         result("tune-at-rate-0.2-cosine-100", 0.83, 0.478, 100.0, rate=0.2),
         result("tune-at-rate-0.2-cosine-300", 0.86, 0.474, 300.0, rate=0.2),
