@@ -158,15 +158,15 @@ from expkit import checkpoint
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def half(state, path):
-    Path(path).write_bytes(b"half")
+def half(path, content):
+    path.open("wb").write(content[: len(content) // 2])
     die()
 
 def save(where):
     store = checkpoint.CheckpointStore(Path(sys.argv[1]) / where)
     store.save(1, {"w": torch.ones(2)}, {"n": 1})
     if where == "state":
-        torch.save = half
+        Path.write_bytes = half
     elif where == "rename":
         os.replace = die
     elif where == "removal":

@@ -230,7 +230,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was(runs, tmp_path, monkeypatch,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("expkit.checkpoint.save_file", full)
-    assert run("train", "--name", "full", "--runs", str(tmp_path), "--data", "digits", "--epochs", "1", *QUICK) == 1
+    assert run("train", "--name", "full", "--runs", str(tmp_path), "--data", "digits", "--epochs", "1", *QUICK) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "full" / "best.safetensors").exists()
 

@@ -6,6 +6,8 @@ A killed process leaves at most a `.tmp-*` entry beside the target, which nothin
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import os
@@ -34,9 +36,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary name keeps the suffix. If the block raises, the temporary is removed and `path` stays as it
     was.
+
+    Raises:
+        UsageError: there is no space, or no right to write there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path.parent} cannot be made: {error.strerror}") from error
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
@@ -49,9 +57,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
         _sync_one(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        reason = _unwritable(error)
+        if reason is not None:
+            raise UsageError(f"{path} cannot be written: {reason}") from error
         raise
+
+
+def _unwritable(error: BaseException) -> str | None:
+    """Why the disk takes nothing, where that is what an error says."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return os.strerror(error.errno)
+    if isinstance(error, SafetensorError) and "os error" in str(error):  # it keeps the system's words alone
+        return str(error)
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -158,7 +178,9 @@ class CheckpointStore:
         with atomic_path(path) as temporary:
             temporary.mkdir()
             save_tensors(temporary / "weights.safetensors", tensors)
-            torch.save(dict(state), temporary / "state.pt")
+            buffer = io.BytesIO()  # torch's own writer does not say that a disk is full
+            torch.save(dict(state), buffer)
+            (temporary / "state.pt").write_bytes(buffer.getbuffer())
         if best:
             write_json(self.folder / "best.json", {"step": step})
         self._prune()

@@ -32,7 +32,7 @@ def fit(
     Args:
         model: a name (see `train_adv.models.build`); a network, of which copies are trained; or a function that makes
             a fresh one. The network takes normalised images and needs no normalisation of its own.
-        data: a name, a folder, or a `DataSet`.
+        data: a name, a folder, or a `DataSet`, whose own name the run's configuration then has.
         host: standard, at, trades, mart, lbgat, fgsm-rs or n-fgsm.
         topology: lambda of TRAIN, or the table of `TopologyConfig`; the standard model is trained first unless its
             `path` is given.
@@ -54,8 +54,7 @@ def fit(
     flags: dict[str, Any] = flatten({**settings, "host": host, "name": name, "topology": table})
     if isinstance(model, str):
         flags["model"] = model
-    if isinstance(data, str):
-        flags["data.name"] = data
+    flags["data.name"] = data if isinstance(data, str) else data.name
     maker: Callable[[], nn.Module] | None = None
     if isinstance(model, nn.Module):
         network = model

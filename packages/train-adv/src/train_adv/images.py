@@ -12,7 +12,7 @@ from torch import Tensor
 from expkit.checkpoint import atomic_path
 from expkit.errors import UsageError
 from train_adv.data.batches import to_float
-from train_adv.data.folder import SUFFIXES, CorruptPolicy, decode, report_corrupt
+from train_adv.data.folder import SUFFIXES, UNREADABLE, CorruptPolicy, decode, report_corrupt
 from train_adv.models.classifier import Classifier
 
 
@@ -41,7 +41,7 @@ def read_images(
         try:
             images.append(decode(path, height, channels))
             good.append(path)
-        except (OSError, ValueError, SyntaxError):
+        except UNREADABLE:
             bad.append(path)
     report_corrupt(bad, len(paths), corrupt)
     return good, to_float(torch.stack(images))

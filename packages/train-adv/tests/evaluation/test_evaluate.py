@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from expkit.errors import UsageError
 from tiny_models import tiny_batch, tiny_net
 from train_adv.attacks.apgd import APGD
+from train_adv.attacks.gradient import right
 from train_adv.attacks.pgd import PGD
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.evaluation import evaluate as module
@@ -59,7 +60,7 @@ def test_stronger_attacks_leave_less(checkpoint, tmp_path):
 
 def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, monkeypatch):
     path, model = checkpoint
-    small = replace(SETTINGS, size=4)  # chunks of 40 and 32
+    small = replace(SETTINGS, size=40)  # on a CPU a chunk each: of 40 and of 32
     whole = evaluate(path, data(72), ["pgd20"], small, device=CPU, work=tmp_path / "a", model=model)
     asked = []
     real = Evaluator.survivors
@@ -79,9 +80,9 @@ def test_a_killed_evaluation_goes_on_to_the_same_answers(checkpoint, tmp_path, m
 
 def test_chunks_of_another_size_share_no_answers(checkpoint, tmp_path, monkeypatch):
     path, model = checkpoint
-    small = replace(SETTINGS, size=4)
+    small = replace(SETTINGS, size=40)
     evaluate(path, data(80), ["pgd20"], small, device=CPU, work=tmp_path, model=model)  # chunks of 40
-    monkeypatch.setattr(module, "_chunk_size", lambda name, settings: 20)
+    monkeypatch.setattr(module, "_chunk_size", lambda *_: 20)
     asked = []
     real = Evaluator.survivors
     monkeypatch.setattr(Evaluator, "survivors", lambda self, *rest: asked.append(rest[3]) or real(self, *rest))
@@ -169,7 +170,9 @@ def test_rows_and_tables_have_every_class(checkpoint, tmp_path):
     assert len(made["attacks"]["fgsm"]["per_class"]) == 5
     assert sum(each["images"] for each in made["attacks"]["fgsm"]["per_class"]) == 40
     text = markdown([made], {"run - run": differences(found, found)})
-    assert "| run |" in text and "+0.00 [+0.00, +0.00]" in text
+    assert "| run |" in text and "| run - run | +0.00 [-" in text
+    fewer = {"natural": found["natural"], "fgsm": found["fgsm"][:10]}
+    assert "| natural (40 images) | fgsm (10 images) |" in markdown([row("run", fewer, data())])
     assert accuracy(torch.tensor([True]), torch.tensor([0]), 2)["per_class"][1]["accuracy"] is None
 
 
@@ -179,6 +182,19 @@ def test_a_model_that_is_wrong_everywhere_has_nothing_to_attack(checkpoint, tmp_
     wrong = replace(images, test=Resident(images.test.images, (model(images.test.images / 255).argmax(1) + 1) % 5))
     found = evaluate(path, wrong, ["pgd20", "apgd"], SETTINGS, device=CPU, work=tmp_path, model=model)
     assert not found["pgd20"].any() and not found["apgd"].any()
+
+
+def test_logits_that_are_no_numbers_answer_nothing():
+    logits = torch.tensor([[float("nan"), 0.0], [1.0, 0.0], [float("inf"), 0.0]])
+    assert right(logits, torch.zeros(3, dtype=torch.long)).tolist() == [False, True, False]
+
+
+def test_other_classes_of_the_same_number_are_refused(checkpoint, tmp_path):
+    path, model = checkpoint
+    renamed = replace(data(), class_names=("z", *data().class_names[1:]))
+    with pytest.raises(UsageError, match='"z"'):
+        module.require_fit(model, renamed, path)
+    module.require_fit(model, replace(renamed, name="FILE.npz#a,b,c,d"), path)  # arrays name none
 
 
 def test_wrong_use_is_said(checkpoint, tmp_path):

@@ -25,3 +25,8 @@ def ascend(model: nn.Module, points: Tensor, labels: Tensor, loss: AttackLoss) -
         values = loss(logits, labels)
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
     return gradient, values.detach(), logits.detach()
+
+
+def right(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which answers are right, boolean (n,); logits that are no numbers answer nothing."""
+    return (logits.argmax(1) == labels) & logits.isfinite().all(1)

@@ -5,6 +5,7 @@ All tensors are fp32 images of shape (batch, ...) in [0, 1]; an epsilon is in th
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -140,8 +141,8 @@ def make_norm(name: str) -> Norm:
 
 def check_epsilon(epsilon: float, norm: str) -> None:
     """Raise UsageError for a negative epsilon, or an Linf one given in steps of 255 (8 for 8/255)."""
-    if not epsilon >= 0:
-        raise UsageError(f"epsilon is {epsilon}; it must be 0 or more")
+    if not 0 <= epsilon < math.inf:
+        raise UsageError(f"epsilon is {epsilon}; it must be 0 or more, and finite")
     if norm == "Linf" and epsilon > 1:
         raise UsageError(f"epsilon is {epsilon:g}, and images are in [0, 1]: was {epsilon:g}/255 meant?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ def run(
     steps: Annotated[int, typer.Option(min=1, help="Steps of PGD.")] = 50,
     loss: Annotated[str, typer.Option(help="What is climbed: ce, cw or dlr.")] = "ce",
     target: Annotated[str | None, typer.Option(help="A class to be reached, instead of any other one.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many test images, where none are given.")] = 8,
+    number: Annotated[int, typer.Option("--count", min=1, help="How many test images, where none are given.")] = 8,
     data: options.Data = None,
     data_dir: options.DataDir = None,
     epsilon: options.Epsilon = None,
@@ -55,11 +56,15 @@ def run(
             labels = classifier(pixels.to(where)).argmax(1)
     else:
         split = options.data_of(data, data_dir, model).test
-        chosen = torch.arange(min(count, len(split)))
+        chosen = torch.arange(min(number, len(split)))
         pixels, labels = to_float(split.read(chosen)), split.labels[chosen].to(where)
         paths = [Path(f"test-{index:05d}.png") for index in chosen.tolist()]
     if target is not None and target not in names:
         raise UsageError(f"target {target!r} is no class of the model; it knows {', '.join(names)}")
+    files = [out / f"{name}.png" for name in _distinct(paths)]
+    taken = {path.resolve() for path in paths} & {path.resolve() for path in (*files, out / "grid.png")}
+    if taken:
+        raise UsageError(f"{min(taken)} would be overwritten; give another folder with --out")
     pixels = pixels.to(where)
     check_images(pixels)
     goal = torch.full_like(labels, names.index(target)) if target is not None else None
@@ -68,10 +73,7 @@ def run(
     generator = torch.Generator(where).manual_seed(seed)
     found = attack(classifier, pixels, labels, climbed, generator=generator, targets=goal)
     written = torch.stack(
-        [
-            write_image(out / f"{path.stem}.png", image, natural)
-            for path, image, natural in zip(_distinct(paths), found, pixels, strict=True)
-        ]
+        [write_image(file, image, natural) for file, image, natural in zip(files, found, pixels, strict=True)]
     )
     with torch.no_grad():
         after = classifier(written.to(where)).argmax(1)
@@ -79,7 +81,7 @@ def run(
     show = min(len(written), 10)
     title = f"{model.name}, {kind} {radius:.4g}, PGD-{steps}"
     grid(out / "grid.png", pixels[:show].cpu(), written[:show], said[0][:show], said[1][:show], title)
-    broken = (after == goal) if goal is not None else (after != labels)
+    broken = (after == goal) & (labels != goal) if goal is not None else (after != labels)
     what = f"now called {target}" if target is not None else "misclassified"
     typer.echo(f"{out}: {int(broken.sum())} of {len(broken)} images are {what}; grid.png shows the first {show}")
     if json is not None:
@@ -91,12 +93,13 @@ def run(
         write_json(json, {"rows": rows, "settings": about, **record})
 
 
-def _distinct(paths: list[Path]) -> list[Path]:
-    """The same paths with file names that differ from each other."""
-    seen: dict[str, int] = {}
+def _distinct(paths: list[Path]) -> list[str]:
+    """Names without suffix that differ from each other, and from the picture's."""
+    used = {"grid"}
     found = []
     for path in paths:
-        number = seen.get(path.stem, 0)
-        seen[path.stem] = number + 1
-        found.append(path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}"))
+        names = chain([path.stem], (f"{path.stem}-{place}" for place in count(2)))
+        name = next(each for each in names if each.lower() not in used)  # some file systems know no case
+        used.add(name.lower())
+        found.append(name)
     return found

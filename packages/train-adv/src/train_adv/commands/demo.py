@@ -24,6 +24,7 @@ def run(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,294 training images.")] = 20,
     epsilon: Annotated[float, typer.Option(help="Linf radius, for images in [0, 1].")] = 0.3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of PGD in training, a quarter of the radius each.")] = 5,
     topology_weight: Annotated[float, typer.Option(help="lambda of TRAIN, softmax-cosine kernel.")] = 0.1,
     out: Annotated[Path, typer.Option(help="Folder of the two pictures.")] = Path("train-adv-demo"),
     json: options.Json = None,
@@ -41,7 +42,7 @@ def run(
     typer.echo(f"scikit-learn's digits, Linf {epsilon:g}: standard model, AT, and AT + TRAIN for {seeds} seeds ...")
     figures: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="train-adv-demo-") as runs:
-        setting = _Setting(Path(runs), data, epochs, epsilon, topology_weight)
+        setting = _Setting(Path(runs), data, epochs, epsilon, steps, topology_weight)
         begun = time.monotonic()
         for seed in range(seeds):
             start = time.monotonic()
@@ -55,9 +56,10 @@ def run(
     standard = [each["standard"]["natural"] for each in figures]
     _show(rows, standard, epsilon)
     _pictures(rows, standard, measured, data, out, epsilon)
+    typer.echo("A demonstration, no benchmark: other radii and --steps come out otherwise (RESULTS.md has some).")
     typer.echo(f"pictures: {out / 'accuracy.png'}, {out / 'neighbourhoods.png'}")
     if json is not None:
-        settings = {"data": "digits", "epochs": epochs, "epsilon": epsilon}
+        settings = {"data": "digits", "epochs": epochs, "epsilon": epsilon, "steps": steps}
         settings |= {"kernel": "softmax-cosine", "topology_weight": topology_weight}
         write_json(json, {"rows": rows, "standard_natural": standard, "settings": settings, **proof})
         typer.echo(f"figures: {json}")
@@ -71,6 +73,7 @@ class _Setting:
     data: DataSet
     epochs: int
     epsilon: float
+    steps: int
     weight: float
 
     def train(self, seed: int) -> dict[str, dict[str, float]]:
@@ -97,7 +100,7 @@ class _Setting:
             epochs=self.epochs,
             batch_size=64,
             device="cpu",
-            attack={"epsilon": self.epsilon, "steps": 5},
+            attack={"epsilon": self.epsilon, "steps": self.steps},
             optimizer={"lr": 0.3, "schedule": "onecycle"},
             validation={"fraction": 0.1, "every": self.epochs},
         )

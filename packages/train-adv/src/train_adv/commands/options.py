@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,8 @@ def check_outputs(files: Sequence[Path | None] = (), folders: Sequence[Path | No
         there = next(each for each in (path, *path.absolute().parents) if each.exists())
         if not there.is_dir():
             raise UsageError(f"{there} is a file; a folder is needed there")
+        if not os.access(there, os.W_OK):
+            raise UsageError(f"{there} cannot be written to")
 
 
 def parse_number(text: str | None, name: str) -> float | None:
@@ -94,14 +97,31 @@ def data_of(name: str | None, data_dir: Path | None, checkpoint: Path) -> DataSe
     from dataclasses import replace
 
     from expkit.errors import UsageError
+    from train_adv.models.checkpoint import spec_of
     from train_adv.training.config import DataConfig
     from train_adv.training.run import read_data
 
+    require_there(checkpoint)
     config = run_config(checkpoint)
     if name is None and config is None:
         raise UsageError(f"{checkpoint} lies in no run's folder, so its data are not known; give --data")
-    settings = config.data if config is not None and name in (None, config.data.name) else DataConfig(name=str(name))
-    return read_data(replace(settings, dir=data_dir if data_dir is not None else settings.dir))
+    settings = config.data if config is not None else DataConfig()
+    if name not in (None, settings.name) or config is None:
+        settings = replace(settings, name=str(name), image_size=spec_of(checkpoint).image_shape[1])
+    try:
+        return read_data(replace(settings, dir=data_dir if data_dir is not None else settings.dir))
+    except UsageError as error:
+        if name is None:
+            raise UsageError(f"the data of {checkpoint}, unless --data names others: {error}") from None
+        raise
+
+
+def require_there(checkpoint: Path) -> None:
+    """UsageError where there is no such file or folder."""
+    from expkit.errors import UsageError
+
+    if not checkpoint.exists():
+        raise UsageError(f"{checkpoint} does not exist")
 
 
 def attack_of(epsilon: str | None, norm: str | None, checkpoint: Path) -> tuple[float, str]:
@@ -113,6 +133,7 @@ def attack_of(epsilon: str | None, norm: str | None, checkpoint: Path) -> tuple[
     from expkit.errors import UsageError
     from train_adv.attacks.norms import check_epsilon
 
+    require_there(checkpoint)
     config = run_config(checkpoint)
     radius = parse_number(epsilon, "--epsilon")
     if radius is None:

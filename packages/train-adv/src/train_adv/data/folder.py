@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 
 from expkit.cli import progress
@@ -22,6 +23,8 @@ CorruptPolicy = Literal["refuse", "skip"]
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 _TEST_NAMES = ("test", "val", "validation")
 _SHOWN = 5  # corrupt files that are named
+_HINT = " (a run with data.corrupt = skip leaves them out)"
+UNREADABLE = (OSError, ValueError, SyntaxError, DecompressionBombError)  # Pillow's for what is no image, or cut off
 
 
 def decode(path: Path, size: int, channels: int) -> Tensor:
@@ -29,7 +32,11 @@ def decode(path: Path, size: int, channels: int) -> Tensor:
     from PIL import Image
 
     with Image.open(path) as opened:
-        image = opened.convert("RGB" if channels == 3 else "L")
+        image: Image.Image = opened
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            levels = np.asarray(image).astype(np.float64) / 257
+            image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB" if channels == 3 else "L")
     width, height = image.size
     if (width, height) != (size, size):
         scale = size / min(width, height)
@@ -60,11 +67,11 @@ def decode_all(
             else:
                 images.append(image)
                 labels.append(label)
-    report_corrupt(bad, len(files), corrupt)
+    report_corrupt(bad, len(files), corrupt, _HINT)
     return Resident(torch.stack(images), torch.tensor(labels))
 
 
-def report_corrupt(bad: Sequence[Path], total: int, corrupt: CorruptPolicy) -> None:
+def report_corrupt(bad: Sequence[Path], total: int, corrupt: CorruptPolicy, hint: str = "") -> None:
     """Refuse corrupt files, or say on stderr which were skipped; refuse also where nothing is left."""
     if not bad:
         if not total:
@@ -72,7 +79,7 @@ def report_corrupt(bad: Sequence[Path], total: int, corrupt: CorruptPolicy) -> N
         return
     named = ", ".join(str(path) for path in bad[:_SHOWN]) + (", ..." if len(bad) > _SHOWN else "")
     if corrupt == "refuse" or len(bad) == total:
-        raise UsageError(f"{len(bad)} of {total} images cannot be read: {named} (data.corrupt = skip leaves them out)")
+        raise UsageError(f"{len(bad)} of {total} images cannot be read: {named}{hint if len(bad) < total else ''}")
     print(f"skipped {len(bad)} of {total} images that cannot be read: {named}", file=sys.stderr)
 
 
@@ -135,13 +142,19 @@ def image_folder(
             raise UsageError(f'{test_root} has a class "{unknown[0]}" that {base} does not have')
         test = _list(test_root, classes)
     else:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(stream_seed("test split")))
-        cut = len(train) // 5
-        train, test = [train[i] for i in sorted(order[cut:].tolist())], [train[i] for i in sorted(order[:cut].tolist())]
+        mixed = shuffled(train)
+        cut = len(mixed) // 5
+        train, test = mixed[cut:], mixed[:cut]
     if not train or not test:
         raise UsageError(f"{root} has {len(train)} training and {len(test)} test images; use ROOT/train/CLASS/IMAGE")
-    splits = [_make(each, size, channels, corrupt, resident_gib) for each in (train, test)]
+    splits = [_make(shuffled(each), size, channels, corrupt, resident_gib) for each in (train, test)]
     return DataSet(str(root), tuple(classes), splits[0], splits[1], Augment(padding=size // 8))
+
+
+def shuffled(files: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:
+    """In one order for all time, so that the first so many images are of all classes."""
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(stream_seed("folder")))
+    return [files[index] for index in order.tolist()]
 
 
 def _list(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -165,12 +178,12 @@ def _make(
         for each, image in zip(files, pool.map(lambda one: _try(one[0], size, channels), files), strict=True):
             bar.advance(task)
             (bad if image is None else good).append(each)
-    report_corrupt([path for path, _ in bad], len(files), corrupt)
+    report_corrupt([path for path, _ in bad], len(files), corrupt, _HINT)
     return Streamed(tuple(path for path, _ in good), torch.tensor([label for _, label in good]), size, channels)
 
 
 def _try(path: Path, size: int, channels: int) -> Tensor | None:
     try:
         return decode(path, size, channels)
-    except (OSError, ValueError, SyntaxError):  # what Pillow raises for files that are no images, or cut off
+    except UNREADABLE:
         return None

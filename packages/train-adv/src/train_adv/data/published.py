@@ -16,7 +16,7 @@ from torch import Tensor
 from expkit.errors import UsageError
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.data.fetch import Archive, locate
-from train_adv.data.folder import CorruptPolicy, decode_all
+from train_adv.data.folder import CorruptPolicy, decode_all, shuffled
 
 CIFAR10 = Archive(
     "cifar-10-batches-py",
@@ -132,7 +132,7 @@ def read_tiny_imagenet(folder: Path, corrupt: CorruptPolicy, counts: tuple[int, 
         )
     words = folder / "words.txt"
     names = dict(line.split("\t")[:2] for line in words.read_text("utf-8").splitlines()) if words.is_file() else {}
-    splits = [decode_all(each, size=64, channels=3, corrupt=corrupt) for each in (train, test)]
+    splits = [decode_all(shuffled(each), size=64, channels=3, corrupt=corrupt) for each in (train, test)]
     shown = tuple(names.get(name, name).split(",")[0] for name in classes)
     return DataSet("tiny-imagenet", shown, splits[0], splits[1], Augment())
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from expkit.device import autocast, tf32
 from expkit.errors import UsageError
 from train_adv.attacks.apgd import APGD, Result
-from train_adv.attacks.gradient import logits_of
+from train_adv.attacks.gradient import logits_of, right
 from train_adv.attacks.losses import cross_entropy, cw_margin, targeted_dlr
 from train_adv.attacks.norms import make_norm
 from train_adv.attacks.pgd import PGD, fgsm
@@ -174,7 +174,7 @@ class Evaluator:
     def _right(self, images: Tensor, labels: Tensor) -> Tensor:
         """In fp32, batch by batch."""
         parts = zip(torch.split(images, self.size), torch.split(labels, self.size), strict=True)
-        found = [self._logits(part).argmax(1) == label for part, label in parts]
+        found = [right(self._logits(part), label) for part, label in parts]
         return torch.cat(found) if found else labels.new_zeros(0, dtype=torch.bool)
 
     @torch.no_grad()

@@ -32,7 +32,8 @@ class Settings:
     Attributes:
         epsilon, norm: of the attacks.
         limit: the first so many test images; 0 is all. `autoattack_limit` is that of AutoAttack alone.
-        size: images of one batch; ten batches make a chunk, the unit of a restart, and one does for AutoAttack.
+        size: images of one batch; ten batches make a chunk, the unit of a restart, and one does on a CPU, or for
+            AutoAttack.
         precision: "fp32", "tf32" or "bf16", of the model inside the attacks; verdicts are in fp32 always.
         compiled: see `Evaluator`.
         seed: of the random starts.
@@ -90,7 +91,8 @@ def evaluate(
     key = {**asdict(settings), "data": data.name, "images": data.test.fingerprint(), "version": train_adv.__version__}
     for name in ("limit", "autoattack_limit"):
         del key[name]  # chunks are the same whatever the limit, but for the last one, which is checked below
-    key["chunks"] = [_chunk_size(name, settings) for name in ("autoattack", "pgd20")]  # which images a number means
+    # which images a number means
+    key["chunks"] = [_chunk_size(name, settings, device) for name in ("autoattack", "pgd20")]
     store = AnswerStore(work if work is not None else path.parent / "eval", path, key)
     evaluator = Evaluator(
         model.to(device).to(memory_format=torch.channels_last),
@@ -110,7 +112,7 @@ def evaluate(
             bar.update(task, description=f"{path.parent.name}: {name}")
             parts = []
             for number, indices in enumerate(
-                torch.split(torch.arange(_count(name, data, settings)), _chunk_size(name, settings))
+                torch.split(torch.arange(_count(name, data, settings)), _chunk_size(name, settings, device))
             ):
                 parts.append(_chunk(evaluator, store, data, name, number, indices))
                 bar.advance(task, len(indices))
@@ -118,9 +120,9 @@ def evaluate(
     return found
 
 
-def _chunk_size(name: str, settings: Settings) -> int:
-    """Images: many, as the last batch of those that still stand is filled up, but AutoAttack takes long for each."""
-    return settings.size * (1 if name == "autoattack" else 10)
+def _chunk_size(name: str, settings: Settings, device: torch.device) -> int:
+    """Images: many on a GPU, as the last batch of those that still stand is filled up, but where each takes long."""
+    return settings.size * (1 if name == "autoattack" or device.type == "cpu" else 10)
 
 
 def _chunk(evaluator: Evaluator, store: AnswerStore, data: DataSet, name: str, number: int, indices: Tensor) -> Tensor:
@@ -142,13 +144,16 @@ def _count(name: str, data: DataSet, settings: Settings) -> int:
 
 
 def require_fit(model: Classifier, data: DataSet, path: Path) -> None:
-    """Raise UsageError where a checkpoint's classes or channels are not the data's."""
+    """Raise UsageError where a checkpoint's classes or channels are not the data's; arrays name no classes."""
     spec = model.spec
     if len(spec.class_names) != len(data.class_names) or spec.image_shape[0] != data.image_shape[0]:
         raise UsageError(
             f"{path} knows {len(spec.class_names)} classes of {spec.image_shape[0]}-channel images, and {data.name} "
             f"has {len(data.class_names)} of {data.image_shape[0]}"
         )
+    if spec.class_names != data.class_names and "#" not in data.name:
+        own, other = next(pair for pair in zip(spec.class_names, data.class_names, strict=True) if pair[0] != pair[1])
+        raise UsageError(f'{path} knows a class "{own}" where {data.name} has "{other}": they are not the same classes')
 
 
 def require_classes(attacks: Sequence[str], classes: int) -> None:
@@ -176,7 +181,11 @@ def differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str
 def markdown(rows: Sequence[dict[str, Any]], compared: dict[str, Any] | None = None) -> str:
     """A table of rows (accuracy and interval in per cent), and one of differences."""
     names = [each for each in NAMES if any(each in entry["attacks"] for entry in rows)]
-    lines = ["| checkpoint | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    images = {
+        name: max(entry["attacks"][name]["images"] for entry in rows if name in entry["attacks"]) for name in names
+    }
+    heads = [f"{name} ({images[name]} images)" if len(set(images.values())) > 1 else name for name in names]
+    lines = ["| checkpoint | " + " | ".join(heads) + " |", "|---" * (len(names) + 1) + "|"]
     for entry in rows:
         cells = []
         for name in names:

@@ -40,16 +40,17 @@ def accuracy(right: Tensor, labels: Tensor, classes: int) -> dict[str, Any]:
 def paired_difference(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """Accuracy of the first minus that of the second of each pair, all on the same images.
 
-    Several pairs (seeds) are averaged image by image before the interval is taken (normal, over images), which counts
-    how images differ; how seeds differ is in `pairs`.
+    Several pairs (seeds) are averaged image by image before the interval is taken, which counts how images differ; how
+    seeds differ is in `pairs`. The interval is Bonett and Price's (2012): normal, with one image more for either side,
+    so that it has a width where no image differs.
     """
     differences = torch.stack([(first.double() - second.double()) for first, second in pairs])
     by_image = differences.mean(0)
-    mean, count = float(by_image.mean()), by_image.numel()
-    half = _Z * float(by_image.std(correction=1)) / math.sqrt(count) if count > 1 else math.inf
+    adjusted = torch.cat([by_image, by_image.new_tensor([1.0, -1.0])])
+    centre, half = float(adjusted.mean()), _Z * float(adjusted.std(correction=0)) / math.sqrt(len(adjusted))
     return {
-        "difference": mean,
-        "interval": (mean - half, mean + half),
-        "images": count,
+        "difference": float(by_image.mean()),
+        "interval": (max(-1.0, centre - half), min(1.0, centre + half)),
+        "images": by_image.numel(),
         "pairs": [float(each.mean()) for each in differences],
     }

@@ -34,13 +34,19 @@ def load_model(path: Path, device: str | torch.device = "cpu", model: nn.Module 
         UsageError: no such file, another kind of file, or weights of another architecture.
     """
     path = find_model(path)
-    metadata = read_metadata(path)
-    if metadata.get("format") != _KEY or "model" not in metadata:
-        raise UsageError(f"{path} is not a train-adv checkpoint: its metadata names no model")
-    spec = ModelSpec.from_json(metadata["model"])
+    spec = spec_of(path)
     built = Classifier(model, spec) if model is not None else build(spec)
     load_weights(built, load_tensors(path), str(path))
     return built.to(device).eval()
+
+
+def spec_of(path: Path) -> ModelSpec:
+    """What a checkpoint says about its model; UsageError where it is none."""
+    path = find_model(path)
+    metadata = read_metadata(path)
+    if metadata.get("format") != _KEY or "model" not in metadata:
+        raise UsageError(f"{path} is not a train-adv checkpoint: its metadata names no model")
+    return ModelSpec.from_json(metadata["model"])
 
 
 def load_weights(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:

@@ -33,7 +33,7 @@ class TopologyLoss(nn.Module):
         direction: "forward" KL(p|q), "reverse" KL(q|p) or "jensen-shannon".
         neighbours: only the so many nearest by the reference; 0 is all.
         reduction: "row" mean over i of the sum over j; "mean" also over j (PKT's scale: divide by the columns);
-            "sum"; "none" gives (batch,).
+            "sum" (with `gather` such that the processes' mean is the sum over all); "none" gives (batch,).
         gather: neighbours are the samples of all processes, not only of this one.
     """
 
@@ -116,7 +116,8 @@ class TopologyLoss(nn.Module):
             return rows.mean()
         if self.reduction == "mean":
             return rows.mean() / len(columns)
-        return rows.sum() if self.reduction == "sum" else rows
+        # Processes average their gradients: with as many times each one's sum that is the sum of all.
+        return rows.sum() * (len(columns) / len(rows)) if self.reduction == "sum" else rows
 
 
 def log_probabilities(scores: Tensor, mask: Tensor) -> Tensor:

@@ -110,6 +110,8 @@ class TopologyRegularizer(nn.Module):
         Raises:
             UsageError: fewer than two images, or labels missing.
         """
+        if len(images) < 2:
+            raise UsageError("a batch of 1 has no neighbours; the topology loss needs at least 2 samples")
         (model,) = self._model
         with natural_statistics(model, self.statistics) if model.training else nullcontext():
             features = self.read_model(images)

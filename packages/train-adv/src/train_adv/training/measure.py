@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expkit.device import tf32
-from train_adv.attacks.gradient import logits_of
+from train_adv.attacks.gradient import logits_of, right
 from train_adv.attacks.pgd import PGD
 from train_adv.data.batches import to_float
 from train_adv.data.dataset import Split, stream_seed
@@ -50,7 +50,7 @@ def right_answers(
             if perturb is not None:
                 generator = torch.Generator(device).manual_seed(stream_seed(seed, "measure", number))
                 images = perturb(images, labels, generator)
-            found.append((logits_of(model, images).argmax(1) == labels)[:count])
+            found.append(right(logits_of(model, images), labels)[:count])
     return torch.cat(found).cpu()
 
 

@@ -282,6 +282,7 @@ class _Job:
         trainer, config = self.trainer, self.config
         done = trainer.progress.epoch
         figures = trainer.take_sums()
+        trainer.require_numbers(self.held.read(torch.arange(min(2, len(self.held)))))
         if done % config.validation.every == 0 or done == config.epochs:
             self._validate(figures)
         if self.run is not None:

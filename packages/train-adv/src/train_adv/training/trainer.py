@@ -20,12 +20,12 @@ from expkit.errors import UsageError
 from expkit.seed import capture_rng, restore_rng
 from train_adv.averaging import WeightAverage
 from train_adv.awp import AWP
-from train_adv.data.batches import Batches
+from train_adv.data.batches import Batches, to_float
 from train_adv.data.dataset import stream_seed
 from train_adv.graphs import Captured
 from train_adv.hosts.host import Host
 from train_adv.models.classifier import Classifier, Output
-from train_adv.modes import kept_statistics, natural_statistics
+from train_adv.modes import eval_mode, kept_statistics, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
 from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import Climber, Engine
@@ -322,6 +322,18 @@ class Trainer:
             f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): lower "
             f"{'topology.weight or ' if config.topology.active else ''}optimizer.lr; checkpoints before it are kept"
         )
+
+    @torch.no_grad()
+    def require_numbers(self, images: Tensor) -> None:
+        """Diverged, on every process, where the last steps left a model that gives none for uint8 images."""
+        model = self.deliverable
+        with eval_mode(model):
+            logits = model(to_float(images.to(self.device)))
+        if not bool(logits.isfinite().all()):
+            advice = "topology.weight or optimizer.lr" if self.config.topology.active else "optimizer.lr"
+            raise Diverged(
+                f"the model of epoch {self.progress.epoch} gives no numbers: lower {advice}; those before it are kept"
+            )
 
     def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
         norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}

@@ -1,0 +1,122 @@
+"""`fit` with data of one's own, and what the verbs then make of such runs and of folders."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_adv
+from expkit.cli import main
+from expkit.errors import UsageError
+from train_adv.attacks.norms import check_epsilon
+from train_adv.cli import build
+from train_adv.commands.attack import _distinct
+from train_adv.commands.options import data_of
+from train_adv.data.folder import decode, image_folder
+from train_adv.data.load import digits
+from train_adv.evaluation.statistics import paired_difference
+from train_adv.topology.regularizer import TopologyRegularizer
+from train_adv.training.trainer import Diverged
+
+QUICK = {"epochs": 1, "device": "cpu", "attack": {"steps": 1}, "validation": {"fraction": 0.2}, "batch_size": 64}
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(build(), arguments)
+    return int(stopped.value.code or 0)
+
+
+def picture_folder(root: Path, names: tuple[str, ...] = ("cat", "cow", "dog"), count: int = 20, size: int = 12) -> Path:
+    """Noise with a brightness of its own for each class."""
+    draws = np.random.default_rng(0)
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = draws.integers(0, 80, (size, size, 3)) + 80 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{index}.png")
+    return root
+
+
+def test_data_of_ones_own_are_not_the_digits(tmp_path, capsys):
+    own = replace(digits(), name="mine")
+    outcome = train_adv.fit("small-cnn", own, name="own", runs=tmp_path, **QUICK)
+    config = tomllib.loads((outcome.folder / "config.toml").read_text())
+    assert config["data"]["name"] == "mine"
+    assert config["attack"]["epsilon"] == pytest.approx(8 / 255)  # 0.2 is the digits' own
+    assert run("eval", str(outcome.folder), "--attacks", "natural", "--device", "cpu") == 2
+    assert '"mine"' in capsys.readouterr().err
+    assert run("eval", str(outcome.folder), "--data", "digits", "--attacks", "natural", "--device", "cpu") == 0
+
+
+def test_a_model_that_the_last_step_ruined_is_not_kept(tmp_path):
+    settings = {**QUICK, "batch_size": 1024}  # one step
+    with pytest.raises(Diverged, match="no numbers"):
+        train_adv.fit("small-cnn", digits(), name="a", runs=tmp_path, optimizer={"lr": 1e38}, **settings)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(tmp_path):
+    root = picture_folder(tmp_path / "p")
+    data = image_folder(root, size=12)
+    assert set(data.train.labels[:20].tolist()) == set(data.test.labels[:8].tolist()) == {0, 1, 2}
+    again = image_folder(root, size=12)
+    assert data.test.fingerprint() == again.test.fingerprint()
+
+
+def test_another_folder_is_read_as_the_model_was_trained(tmp_path):
+    picture_folder(tmp_path / "a")
+    picture_folder(tmp_path / "b", size=30)
+    outcome = train_adv.fit(
+        "small-cnn", image_folder(tmp_path / "a", size=12), name="f", runs=tmp_path, **{**QUICK, "batch_size": 16}
+    )
+    assert data_of(str(tmp_path / "b"), None, outcome.folder).image_shape == (3, 12, 12)
+
+
+def test_adversarial_files_never_overwrite(tmp_path):
+    assert _distinct([Path("x/a.png"), Path("y/A.jpg"), Path("z/a-2.png"), Path("grid.png")]) == [
+        "a", "A-2", "a-2-2", "grid-2"]  # fmt: skip
+
+
+def test_attack_refuses_the_folder_of_its_own_images(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "p")
+    outcome = train_adv.fit(
+        "small-cnn", image_folder(folder, size=12), name="f", runs=tmp_path, **{**QUICK, "batch_size": 16}
+    )
+    before = (folder / "cat" / "0.png").read_bytes()
+    call = ["attack", str(outcome.folder), str(folder / "cat"), "--out", str(folder / "cat"), "--steps", "1"]
+    assert run(*call, "--device", "cpu") == 2
+    assert "would be overwritten" in capsys.readouterr().err and (folder / "cat" / "0.png").read_bytes() == before
+
+
+def test_pictures_of_16_bits_and_bombs_are_read_rightly(tmp_path, monkeypatch, capsys):
+    levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    assert decode(tmp_path / "deep.png", 8, 1)[0].tolist() == np.rint(levels / 257).astype(int).tolist()
+    outcome = train_adv.fit("small-cnn", digits(), name="d", runs=tmp_path, **QUICK)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert run("predict", str(tmp_path / "deep.png"), "--model", str(outcome.folder), "--device", "cpu") == 2
+    said = capsys.readouterr().err
+    assert "deep.png" in said and "data.corrupt" not in said
+
+
+def test_equal_answers_have_an_interval_and_odd_radii_and_batches_are_refused():
+    low, high = paired_difference([(torch.ones(20) > 0, torch.ones(20) > 0)])["interval"]
+    assert low < 0 < high
+    with pytest.raises(UsageError, match="finite"):
+        check_epsilon(float("inf"), "L2")
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    regularizer = TopologyRegularizer(network, network, layer="1")
+    with pytest.raises(UsageError, match="no neighbours"):
+        regularizer(torch.rand(1, 1, 2, 2))
+
+
+def test_a_missing_checkpoint_is_said(tmp_path, capsys):
+    assert run("eval", str(tmp_path / "nope"), "--device", "cpu") == 2
+    assert "does not exist" in capsys.readouterr().err
