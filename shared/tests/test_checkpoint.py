@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from expkit import checkpoint
 from expkit.checkpoint import (
     CheckpointStore,
     atomic_path,
@@ -202,3 +204,25 @@ def test_a_process_killed_in_a_save_leaves_no_half_checkpoint(killed: Path, wher
     assert store.steps() == [survivor] and found is not None and found.state == {"n": survivor}
     save(store, 3)  # the next save clears what the kill left
     assert names(store.folder) == [f"step_0000000{survivor}", "step_00000003"]
+
+
+FULL = "No space left on device"
+
+
+@pytest.mark.parametrize("error", [OSError(28, FULL), SafetensorError(f"I/O error: {FULL} (os error 28)")])
+def test_a_full_disk_is_wrong_use_and_leaves_nothing(error, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UsageError, match=FULL):
+        save_tensors(tmp_path / "w.safetensors", {"w": torch.ones(2)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_an_oserror_too(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be made"):
+        write_json(tmp_path / "file" / "inside" / "a.json", {})
+    with pytest.raises(UsageError, match="cannot be made"):
+        write_json(tmp_path / "file" / "inside" / "a.json", {})

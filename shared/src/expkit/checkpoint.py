@@ -30,6 +30,10 @@ from expkit.errors import UsageError
 _PLAIN = (type(None), bool, int, float, str, bytes, Tensor, torch.dtype, torch.device)
 
 
+class Unwritable(UsageError, OSError):
+    """A file that the disk does not take. An OSError too, for callers who can do without the file."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what the block wrote there (a file or a folder) becomes `path`.
@@ -38,13 +42,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     was.
 
     Raises:
-        UsageError: there is no space, or no right to write there.
+        Unwritable: there is no space, or no right to write there.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path.parent} cannot be made: {error.strerror}") from error
+        raise Unwritable(f"{path.parent} cannot be made: {error.strerror}") from error
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
@@ -61,7 +65,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(temporary)
         reason = _unwritable(error)
         if reason is not None:
-            raise UsageError(f"{path} cannot be written: {reason}") from error
+            raise Unwritable(f"{path} cannot be written: {reason}") from error
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -44,6 +45,9 @@ def join() -> World:
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
+    # Its functions have the group as a default from their import on. Imported later, as torch's compiler does, they
+    # would keep the group and gloo's threads beyond `leave`, and these abort the process at its end now and then.
+    import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if on_gpu else "gloo")
     return world
 
