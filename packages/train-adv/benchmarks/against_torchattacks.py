@@ -85,7 +85,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--loops", type=lambda text: text.split(","), default=list(LOOPS), help="the last is compared")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in arguments.loops:
+        if name not in LOOPS:
+            parser.error(f"unknown loop {name!r}; use some of {', '.join(LOOPS)}")
+    return arguments
 
 
 def plain(model: Classifier, batches: Batches, arguments: argparse.Namespace, device: torch.device) -> Any:

@@ -13,6 +13,7 @@ import torch
 from study_arms import BETA, Choice
 
 from train_adv.evaluation.statistics import paired_difference
+from train_adv.topology.plots import TITLES, pyplot, save
 
 HOSTS = ("at", "trades")
 START = Choice(0.1, "cosine", 30.0)  # until the sweeps have been run
@@ -99,11 +100,6 @@ def publishable(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Natural against APGD accuracy of the sweeps' arms at the chosen rates: TRADES along beta, TRAIN along lambda."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     series: dict[str, list[tuple[float, float, float]]] = {}
     for each in results:
         host = each["arm"].removeprefix("tune-").split("-")[0]
@@ -119,7 +115,7 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
         elif host == "trades":
             name, setting = "TRADES, beta", _beta(each)
         series.setdefault(name, []).append((setting, figure(each, "natural"), figure(each, "apgd")))
-    drawing, axes = pyplot.subplots(figsize=(8, 5.5))
+    drawing, axes = pyplot().subplots(figsize=(8, 5.5))
     for name, points in series.items():
         settings, natural, robust = zip(*sorted(points), strict=True)
         style = "--s" if "softmax" in name else "-D" if name == "TRADES, beta" else "-o"
@@ -132,40 +128,32 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
     drawing.tight_layout()
-    drawing.savefig(path, dpi=110)
-    pyplot.close(drawing)
+    save(drawing, path)
 
 
 def plot_topology(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Topology metrics against natural accuracy, both on held-out training images, over the epochs of each radius."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = {"knn_10": "10-NN overlap", "trustworthiness": "trustworthiness", "continuity": "continuity",
-              "cka": "linear CKA", "spearman": "Spearman of distances", "l_topo": "L_topo"}  # fmt: skip
-    drawing, axes = pyplot.subplots(2, 3, figsize=(11, 6.5), sharey=True)
+    metrics = ("knn_10", "trustworthiness", "continuity", "cka", "spearman", "l_topo")
+    drawing, axes = pyplot().subplots(2, 3, figsize=(11, 6.5), sharey=True)
     for each in results:
         epochs = [epoch for epoch in each.get("epochs", ()) if "topology_cka" in epoch]
         if not each["arm"].startswith("epsilon-"):
             continue
         natural = [100 * epoch["val_natural"] for epoch in epochs]
-        for axis, metric in zip(axes.flat, titles, strict=True):
+        for axis, metric in zip(axes.flat, metrics, strict=True):
             values = [epoch[f"topology_{metric}"] for epoch in epochs]
             (drawn,) = axis.plot(values, natural, "-", alpha=0.6)
             label = f"training epsilon {each['arm'].removeprefix('epsilon-')}/255, last epoch"
             axis.plot(values[-1:], natural[-1:], "o", color=drawn.get_color(), label=label)
-    for axis, title in zip(axes.flat, titles.values(), strict=True):
-        axis.set_xlabel(title)
+    for axis, metric in zip(axes.flat, metrics, strict=True):
+        axis.set_xlabel(TITLES[metric])
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("natural accuracy (%)")
     handles, labels = axes.flat[0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9)
     drawing.tight_layout(rect=(0, 0.05, 1, 1))
-    drawing.savefig(path, dpi=110)
-    pyplot.close(drawing)
+    save(drawing, path)
 
 
 def line(found: dict[str, Any]) -> str:

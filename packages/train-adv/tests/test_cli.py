@@ -113,7 +113,7 @@ def test_topology_measures_against_the_runs_own_reference(runs, tmp_path, capsys
 
 def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("demo", "--seeds", "2", "--epochs", "1", "--json", "out.json") == 0
+    assert run("demo", "--seeds", "2", "--epochs", "1", "--steps", "2", "--json", "out.json") == 0
     rows = json.loads(Path("out.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["at", "at+train"]
     assert all({"seeds", "natural", "pgd20"} <= row.keys() and row["seeds"] == [0, 1] for row in rows)

@@ -135,19 +135,18 @@ def image_folder(
     if base == root and test_root is not None:
         raise UsageError(f"{root} has a folder {test_root.name} and no folder train")
     classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
-    train = _list(base, classes)
+    train = shuffled(_list(base, classes))
     if test_root is not None:
         unknown = sorted({entry.name for entry in test_root.iterdir() if entry.is_dir()} - set(classes))
         if unknown:
             raise UsageError(f'{test_root} has a class "{unknown[0]}" that {base} does not have')
-        test = _list(test_root, classes)
+        test = shuffled(_list(test_root, classes))
     else:
-        mixed = shuffled(train)
-        cut = len(mixed) // 5
-        train, test = mixed[cut:], mixed[:cut]
+        cut = len(train) // 5
+        train, test = train[cut:], train[:cut]
     if not train or not test:
         raise UsageError(f"{root} has {len(train)} training and {len(test)} test images; use ROOT/train/CLASS/IMAGE")
-    splits = [_make(shuffled(each), size, channels, corrupt, resident_gib) for each in (train, test)]
+    splits = [_make(each, size, channels, corrupt, resident_gib) for each in (train, test)]
     return DataSet(str(root), tuple(classes), splits[0], splits[1], Augment(padding=size // 8))
 
 

@@ -138,5 +138,10 @@ def check_features(features: Tensor, reference: Tensor) -> None:
         )
     if len(features) != len(reference):
         raise UsageError(f"{len(features)} samples against {len(reference)} of the reference; they must be the same")
-    if len(features) < 2:
+    require_neighbours(len(features))
+
+
+def require_neighbours(count: int) -> None:
+    """Raise UsageError for so few samples that none has a neighbour."""
+    if count < 2:
         raise UsageError("a batch of 1 has no neighbours; the topology loss needs at least 2 samples")

@@ -12,7 +12,7 @@ from torch import Tensor
 from train_adv.topology.metrics import neighbour_confusion
 from train_adv.topology.report import Measured
 
-_TITLES = {
+TITLES = {
     "knn_5": "5-NN overlap (Jaccard)",
     "knn_10": "10-NN overlap (Jaccard)",
     "knn_50": "50-NN overlap (Jaccard)",
@@ -26,7 +26,7 @@ _TITLES = {
 
 def plot_metrics(found: Sequence[Measured], path: Path) -> None:
     """Each metric against natural accuracy, one point a checkpoint."""
-    plt = _pyplot()
+    plt = pyplot()
     names = list(found[0].figures)
     columns = 4
     height = -(-len(names) // columns)
@@ -35,7 +35,7 @@ def plot_metrics(found: Sequence[Measured], path: Path) -> None:
     for axis, name in zip(axes.flat, names, strict=False):
         for index, each in enumerate(found):
             axis.scatter(each.figures[name], 100 * each.natural, color=colours(index % 10), label=each.name, s=36)
-        axis.set_xlabel(_TITLES.get(name, name))
+        axis.set_xlabel(TITLES.get(name, name))
         axis.set_ylabel("natural accuracy (%)")
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
@@ -43,7 +43,7 @@ def plot_metrics(found: Sequence[Measured], path: Path) -> None:
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=min(5, len(labels)), frameon=False)
     figure.tight_layout(rect=(0, 0.08 if height > 1 else 0.14, 1, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_tsne(
@@ -52,7 +52,7 @@ def plot_tsne(
     """t-SNE of every model's features of the same images, coloured by class."""
     from sklearn.manifold import TSNE
 
-    plt = _pyplot()
+    plt = pyplot()
     count = min(limit, len(labels))
     figure, axes = plt.subplots(1, len(found), figsize=(4.4 * len(found), 4.6), squeeze=False)
     colours = plt.get_cmap("tab10" if len(class_names) <= 10 else "tab20")
@@ -71,12 +71,12 @@ def plot_tsne(
         ]
         figure.legend(handles=marks, loc="lower center", ncols=min(10, len(marks)), frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_confusion(found: Sequence[Measured], labels: Tensor, class_names: Sequence[str], path: Path) -> None:
     """Share of each class among the 10 nearest neighbours of each class; the number is what stays in the class."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(found), figsize=(4.4 * len(found), 4.6), squeeze=False)
     picture = None
     for axis, each in zip(axes.flat, found, strict=True):
@@ -91,12 +91,12 @@ def plot_confusion(found: Sequence[Measured], labels: Tensor, class_names: Seque
     figure.tight_layout()
     if picture is not None:
         figure.colorbar(picture, ax=axes.ravel().tolist(), shrink=0.7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_accuracies(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str) -> None:
     """Bars of mean natural and PGD accuracy of each group, with a dot for every seed; an empty list is left out."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(1.6 + 1.5 * len(groups), 3.8))
     kinds = (("natural", "tab:blue", -0.2), ("PGD-20", "tab:orange", 0.2))
     for place, values in enumerate(groups.values()):
@@ -114,10 +114,11 @@ def plot_accuracies(groups: Mapping[str, tuple[Sequence[float], Sequence[float]]
     axis.set_ylim(0, 115)
     axis.set_title(title, fontsize=9)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,9 +127,10 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure whole or not at all, and close it."""
     from expkit.checkpoint import atomic_path
 
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -15,7 +15,7 @@ from expkit.errors import UsageError
 from train_adv.modes import NaturalStatistics, eval_mode, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
 from train_adv.topology.features import feature_reader
-from train_adv.topology.loss import TopologyLoss
+from train_adv.topology.loss import TopologyLoss, require_neighbours
 
 ReferenceKind = Literal["frozen", "co-trained", "ema"]
 
@@ -110,8 +110,7 @@ class TopologyRegularizer(nn.Module):
         Raises:
             UsageError: fewer than two images, or labels missing.
         """
-        if len(images) < 2:
-            raise UsageError("a batch of 1 has no neighbours; the topology loss needs at least 2 samples")
+        require_neighbours(len(images))
         (model,) = self._model
         with natural_statistics(model, self.statistics) if model.training else nullcontext():
             features = self.read_model(images)

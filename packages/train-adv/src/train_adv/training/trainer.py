@@ -315,12 +315,11 @@ class Trainer:
         """Diverged, on every process, when a loss of one of them was not a number since the epoch began."""
         if float(total(self._sums[4].clone(), self.world)) == 0:
             return
-        config, progress = self.config, self.progress
+        progress = self.progress
         weight = f", topology weight {self.topology.current_weight():g}" if self.topology is not None else ""
         raise Diverged(
             f"the loss is not a number in epoch {progress.epoch + 1}, by step {progress.number} (learning rate "
-            f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): lower "
-            f"{'topology.weight or ' if config.topology.active else ''}optimizer.lr; checkpoints before it are kept"
+            f"{self.optimizer.param_groups[0]['lr']:.3g}{weight}): {self._advice()}"
         )
 
     @torch.no_grad()
@@ -330,10 +329,12 @@ class Trainer:
         with eval_mode(model):
             logits = model(to_float(images.to(self.device)))
         if not bool(logits.isfinite().all()):
-            advice = "topology.weight or optimizer.lr" if self.config.topology.active else "optimizer.lr"
-            raise Diverged(
-                f"the model of epoch {self.progress.epoch} gives no numbers: lower {advice}; those before it are kept"
-            )
+            raise Diverged(f"the model of epoch {self.progress.epoch} gives no numbers: {self._advice()}")
+
+    def _advice(self) -> str:
+        """What to do about a loss or a model that is no number."""
+        lower = "topology.weight or optimizer.lr" if self.config.topology.active else "optimizer.lr"
+        return f"lower {lower}; checkpoints before it are kept"
 
     def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
         norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}
