@@ -13,6 +13,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
     joint       TRADES + TRAIN at the chosen beta, lambda in powers of 3, 15 epochs, seed 0
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
+    lower       AT + TRAIN at the lambda below the chosen one, for each seed: reported, never chosen
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
@@ -56,7 +57,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_arms import PARTS, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results, seconds_on
+from study_arms import PARTS, SEEDED, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results, seconds_on
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
 from study_report import choose, line, pack, plot_frontier, plot_topology, publishable, report
@@ -113,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), help="JSON files, to be kept and brought along")
     parser.add_argument("--data-dir", type=Path, help="folder of cifar-10-batches-py")
     parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], default=[0, 1],
-                        help="of standard and main; all else has seed 0")  # fmt: skip
+                        help=f"of {', '.join(SEEDED)}; all else has the first")  # fmt: skip
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these arms")
     parser.add_argument("--minutes", type=float, default=24.0, help="length of a lease")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()),
@@ -144,7 +145,7 @@ def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[J
     costs = Costs.measured(results, [arm for part in arms.values() for arm in part])
     found = []
     for part in arguments.parts or PARTS:
-        for seed in arguments.seeds if part in ("standard", "main") else arguments.seeds[:1]:
+        for seed in arguments.seeds if part in SEEDED else arguments.seeds[:1]:
             for arm in arms[part]:
                 if (not arguments.only or arm.name in arguments.only) and not is_done(arguments.out, arm, seed):
                     found.append(Job(arm, seed, costs.of(arm), part))
@@ -288,13 +289,16 @@ def run_arm(arm: Arm, seed: int, arguments: argparse.Namespace) -> None:
 
 
 def judge(path: Path, data: DataSet, attacks: tuple[str, ...], seed: int, limit: int) -> dict[str, torch.Tensor]:
-    """Attacks in TF32 on compiled models and CUDA graphs; AutoAttack is its authors' code, in fp32."""
+    """Attacks in TF32, on compiled models and CUDA graphs but for AutoAttack, which is its authors' code."""
     torch._dynamo.reset()
     gc.collect()  # graphs of the training, before others are recorded
     device = resolve_device("auto")
-    plain = Settings(EPSILON, size=500, limit=limit, autoattack_limit=min(limit or 1000, 1000), seed=seed)
-    fast = replace(plain, precision="tf32", compiled=device.type == "cuda")
-    return evaluate(path, data, attacks, plain if "autoattack" in attacks else fast, device=device)
+    compiled = device.type == "cuda" and "autoattack" not in attacks
+    few = min(limit or 1000, 1000)
+    settings = Settings(
+        EPSILON, size=500, limit=limit, autoattack_limit=few, precision="tf32", compiled=compiled, seed=seed
+    )
+    return evaluate(path, data, attacks, settings, device=device)
 
 
 def _hash(reference: Path | None) -> str | None:

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
-PARTS = ("speed", "standard", "rate", "lambda", "beta", "joint", "main", "epsilons", "everything", "long", "edges")
+PARTS = (
+    "speed", "standard", "rate", "lambda", "beta", "joint", "main", "lower", "epsilons", "everything", "long", "edges",
+)  # fmt: skip
+SEEDED = ("standard", "main", "lower")  # trained with each seed, all else with the first
 # What each part needs: rates are chosen first, then lambda and beta, then lambda at that beta; the rest has them all.
-STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, **dict.fromkeys(("main", "epsilons", "everything", "long"), 4)}
+LAST = ("main", "lower", "epsilons", "everything", "long")
+STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, **dict.fromkeys(LAST, 4)}
 RATES = (0.05, 0.1, 0.2)
 BETA = 6.0  # TRADES' customary one
 LONG_RATE = 0.1  # that of public recipes of 100 epochs and more
@@ -132,6 +136,10 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             Arm("mart", {"host": "mart", **at.alone}, final=aa),
             Arm("mart+train", {"host": "mart", **at.train}, final=aa),
         ],
+        "lower": [
+            Arm(f"at+train-{weight:g}", {"host": "at", **replace(at, weight=weight).train}, final=aa)
+            for weight in [each for each in scales[at.kernel] if each < at.weight][-1:]
+        ],
         "epsilons": [
             Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,
                                     "attack.step_size": max(each, 1) / 4 / 255, "epochs": 15, **at.alone},
@@ -228,8 +236,9 @@ class Costs:
             seconds = each.get("judge_seconds", {})
             if arm.attacks == JUDGED:  # sweeps are judged on half as many images
                 whole += [(2 if arm.tuning else 1) * seconds[which] for which in ("last", "best") if which in seconds]
-            auto += [seconds["autoattack"]] if "autoattack" in seconds else []
-        return cls(paces, max(whole, default=EVALUATION), max(auto, default=AUTOATTACK))
+            auto += [(each.get("started", ""), seconds["autoattack"])] if "autoattack" in seconds else []
+        # The latest one: the first arms had theirs in fp32, the others in TF32.
+        return cls(paces, max(whole, default=EVALUATION), max(auto, default=("", AUTOATTACK))[1])
 
     def of(self, arm: Arm) -> float:
         """Seconds that an arm takes, its evaluation included."""

@@ -178,8 +178,9 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     for each in results:
         by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"].get("last", {})
     for arm, seeds in by_arm.items():
-        host = arm.removesuffix("+train")
-        for other in (host, f"{host}-control") if arm.endswith("+train") else ():
+        host, train, _ = arm.partition("+train")
+        others = [host, f"{host}-control", *(["trades"] if host == "at" else [])]  # whose frontier AT + TRAIN meets
+        for other in others if train else ():
             lines += _differences(arm, seeds, other, by_arm.get(other, {}))
     for host in HOSTS:
         lines.append(f"chosen on held-out training images for {host}: {choose(results, host)}")

@@ -96,6 +96,13 @@ def test_beta_is_tuned_for_trades_by_the_rule_that_tunes_lambda_for_train(module
     assert not arms.parts(start, report.choose(results[:1], "trades"))["joint"]  # lambda has them
 
 
+def test_the_lambda_below_the_chosen_one_is_reported_too(modules):
+    _, arms, report = modules
+    for weight, names in ((100.0, ["at+train-30"]), (3.0, [])):
+        at = report.Choice(0.2, "cosine", weight)
+        assert [arm.name for arm in arms.parts(at, report.START)["lower"]] == names
+
+
 def test_leases_fit_and_hold_every_arm_once(modules, start):
     _, arms, _ = modules
     jobs = [arms.Job(arm, 0, arms.Costs().of(arm), part) for part, found in start.items() for arm in found]
@@ -144,7 +151,9 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
     results = [{**base, "arm": "at", "training": {"seed": seed}, "answers": {"last": right[seed]}} for seed in (0, 1)]
     results.append({**base, "arm": "at+train", "training": {"seed": 0}, "answers": {"last": right[1]}})
     results.append({**base, "arm": "at+train", "training": {"seed": 1}, "answers": {}, "failed": "no number"})
-    assert "at+train - at, natural, seeds [0]:" in report.report(results)
+    results.append({**base, "arm": "at+train-30", "training": {"seed": 0}, "answers": {"last": right[1]}})
+    text = report.report(results)
+    assert "at+train - at, natural, seeds [0]:" in text and "at+train-30 - at, natural, seeds [0]:" in text
 
 
 def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_path):

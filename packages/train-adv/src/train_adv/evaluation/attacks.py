@@ -154,7 +154,7 @@ class Evaluator:
         return standing
 
     def _autoattack(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
-        """The standard AutoAttack of its authors' own code, in fp32; its bundled weights are never loaded."""
+        """The standard AutoAttack of its authors' own code, in fp32 or TF32; its bundled weights are never loaded."""
         try:
             from pyautoattack import AutoAttack
         except ImportError:
@@ -167,7 +167,7 @@ class Evaluator:
         attack.apgd_targeted.n_target_classes = min(attack.apgd_targeted.n_target_classes, classes - 1)
         attack.fab.n_target_classes = min(attack.fab.n_target_classes, classes - 1)
         # Its code views gradients as flat rows, which channels-last images would not allow.
-        with tf32(False), _for_foreign_code(self.model):
+        with tf32(self.tf32), _for_foreign_code(self.model):
             found, _ = attack.run_standard_evaluation(images.contiguous(), labels, batch_size=self.size)
         return standing & self._right(found, labels)
 

@@ -22,7 +22,7 @@ from train_adv.averaging import WeightAverage
 from train_adv.awp import AWP
 from train_adv.data.batches import Batches, to_float
 from train_adv.data.dataset import stream_seed
-from train_adv.graphs import Captured
+from train_adv.graphs import Beside, Captured
 from train_adv.hosts.host import Host
 from train_adv.models.classifier import Classifier, Output
 from train_adv.modes import eval_mode, kept_statistics, natural_statistics
@@ -110,6 +110,9 @@ class Trainer:
                 topology.read_reference = lambda images: compiled(images).features
                 if world.size == 1:  # several gather their features
                     self.l_topo = torch.compile(topology.loss, dynamic=False)
+        # One that learns has a backward too, which stays where the rest is.
+        apart = topology is not None and topology.kind != "co-trained" and device.type == "cuda"
+        self._beside = Beside(apart)
         self.climber = Climber(host, self.model, engine, device, dtype)
         self.awp = AWP(self.model, config.awp.gamma, self._learning()[1:]) if config.awp.gamma > 0 else None
         averaging = config.averaging
@@ -254,16 +257,20 @@ class Trainer:
         """The host's loss and weight * L_topo, at the weights as they are."""
         settings, topology = self.config.topology, self.topology
         with autocast(self.device, self.dtype):
+            reference: tuple[Tensor, Tensor | float] | None = None
+            if topology is not None:
+                reference = self._beside(topology.reference_features, images, labels)
             found = self.host.loss(self.forward, images, adversarial, labels)
             natural = found.natural
             if natural is None and (topology is not None or settings.control):
                 with natural_statistics(self.model, settings.statistics):
                     natural = self.forward(images)
-            if topology is None or natural is None:
+            self._beside.join()
+            if reference is None or natural is None:
                 return StepLoss(found.total, found.attacked, torch.zeros_like(found.total))
             assert self.l_topo is not None
-            reference, extra = topology.reference_features(images, labels)
-            value = self.l_topo(natural.features, reference)
+            features, extra = reference
+            value = self.l_topo(natural.features, features)
             return StepLoss(found.total + weight * value + extra, found.attacked, value)
 
     def _measure_norms(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
