@@ -14,10 +14,12 @@ removed for another try); one that was killed, or for which there was no memory,
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
 ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each kind of generator, K = 10, 2 seeds; it decides
-nothing), `cifar` (CIFAR-10 to recomputed CIFAR-10-C, level 5, with the paper's losses). `run PART ...` does some.
+nothing), `cifar` (CIFAR-10 to recomputed CIFAR-10-C with the paper's losses). `run PART ...` does some. Where the first
+trainings all fail, `run` ends, and what made them fail is to be mended.
 
 `ours` is what `choice` comes to by a rule that reads held-out source images in disguise alone (`study_jobs.choose`).
-It is written to OUT/chosen.json when the last training of `choice` is done, and `ours` does not begin before.
+It is written to OUT/chosen.json when the last training of `choice` is done, and nothing else begins before. What is
+reported of `ours` are its averaged weights, of the others the last; the tables have both for all.
 """
 
 from __future__ import annotations
@@ -44,10 +46,24 @@ from pden.evaluation import table
 from pden.evaluation.chart import save_bars
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from study_jobs import ABLATION_ROUNDS, PARTS, SEEDS, WHOLE, Estimates, Job, choose, jobs_of, leases, next_job, queue
+from study_jobs import (
+    ABLATION_ROUNDS,
+    METHODS,
+    PARTS,
+    SEEDS,
+    WHOLE,
+    Estimates,
+    Job,
+    choose,
+    jobs_of,
+    leases,
+    next_job,
+    queue,
+)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STOPPING = 20  # seconds that a training may take to end
+FAULTS = 3  # trainings that fail before any succeeds are no fault of theirs
 
 
 class Study:
@@ -62,6 +78,7 @@ class Study:
         self.out: Path = arguments.out
         self.running: dict[Job, tuple[str, subprocess.Popen[bytes]]] = {}
         self.lost: set[Job] = set()  # killed from outside, or without memory: not tried again by this command
+        self.ended: dict[Job, bool] = {}  # by this command; whether they have figures
 
     def file(self, job: Job, name: str = "result.json") -> Path:
         """A small file of a training that has ended."""
@@ -87,6 +104,11 @@ class Study:
         jobs = [job for job in queue(self.chosen or ()) if job.part in parts and job not in self.running]
         jobs = [job for job in jobs if not (self.has(job) or self.has(job, "failed.json"))]
         return sorted(jobs, key=lambda job: not self.begun(job))
+
+    @property
+    def choosing(self) -> bool:
+        """Whether `ours` waits for trainings of the choice, which have all places until they are done."""
+        return self.chosen is None and any(job.part == "choice" for job in [*self.todo, *self.running])
 
     @property
     def estimates(self) -> Estimates:
@@ -122,11 +144,13 @@ class Study:
         arguments = self.arguments
         lease_ends = began_on(arguments.work) + 60 * arguments.lease
         deadline = min(time.time() + 60 * arguments.minutes, lease_ends)
-        gpus, estimates = visible_gpus(arguments.gpus), self.estimates
+        gpus, estimates, choosing = visible_gpus(arguments.gpus), self.estimates, self.choosing
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the trainings end too
 
         def may_begin(job: Job) -> bool:
             if job in self.lost or (job.part == "ours" and self.chosen is None):
+                return False
+            if job.part != "choice" and choosing:
                 return False
             return self.begun(job) or time.time() + 60 * estimates.minutes(job) <= lease_ends
 
@@ -135,6 +159,9 @@ class Study:
                 if self.collect_ended():
                     estimates = self.estimates
                 self.settle_choice()
+                if self.hopeless:
+                    break
+                choosing = self.choosing
                 running = [(job, gpu) for job, (gpu, _) in self.running.items()]
                 found = next_job(self.todo, running, arguments.side, gpus, may_begin)
                 if found is not None:
@@ -154,9 +181,20 @@ class Study:
                     process.kill()
                 print(f"{job.part}, {job.name}: stopped, time is over", flush=True)
             self.running = {}
+        if self.hopeless:
+            print(
+                f"the first {len(self.ended)} trainings have all failed: stopped; they may be tried again", flush=True
+            )
+            for job in self.ended:
+                self.file(job, "failed.json").unlink(missing_ok=True)
         left, failed = self.todo, self.failed
         print(f"{len(left)} trainings are left{told(failed)}" if left or failed else "done", flush=True)
         return int(bool(left or failed))
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether all trainings of this command have failed so far, and enough to tell."""
+        return len(self.ended) >= FAULTS and not any(self.ended.values())
 
     @property
     def failed(self) -> list[Job]:
@@ -193,6 +231,7 @@ class Study:
         (_, process), run = self.running.pop(job), self.folder(job)
         out = self.file(job).parent
         out.mkdir(parents=True, exist_ok=True)
+        self.ended[job] = not process.returncode
         if process.returncode:
             last = run.with_suffix(".log").read_text(encoding="utf-8")[-1500:]
             print(f"{job.part}, {job.name}: exit code {process.returncode}\n{last}", flush=True)
@@ -236,26 +275,83 @@ def began_on(work: Path) -> float:
 
 
 def report(study: Study, to: Path) -> None:
-    """One JSON file for each part that has figures; where it has targets, a table and a chart too."""
+    """One JSON file for each part that has figures; where it has targets, a table and a chart too. The digits' methods
+    stand in one table besides, with the figures that were aimed at."""
     record = evidence()
     if study.failed:
         print(f"left out{told(study.failed)}")
-    for part in PARTS:
-        jobs = [job for job in jobs_of(part) if study.has(job)]
-        runs = [study.read(job) for job in jobs]
+    found = {part: [study.read(job) for job in jobs_of(part) if study.has(job)] for part in PARTS}
+    for part, runs in found.items():
         if not runs:
             continue
         if part == "ablation":
-            whole = [job for job in jobs_of("paper") if job.seed in SEEDS[:2] and study.has(job)]
-            runs = [*(after_round(study.read(job), ABLATION_ROUNDS) for job in whole), *runs]
+            whole = [each for each in found["paper"] if each["seed"] in SEEDS[:2]]
+            runs = [*(after_round(each, ABLATION_ROUNDS) for each in whole), *runs]
         if part == "cifar":
-            runs = [over_corruptions(each) for each in runs]
-        found: dict[str, Any] = {**record, "runs": [trimmed(each) for each in runs]}
+            print(f"{part}, last checkpoint, means over 15 corruptions by level\n\n{table.markdown(by_level(runs))}")
+            runs = [hardest(each) for each in runs]
+        about: dict[str, Any] = {**record, "runs": [trimmed(each) for each in runs]}
         if all("targets" in each["selections"]["last"] for each in runs):
-            found["selections"] = summaries(part, runs, to)
-        write_json(to / f"{part}.json", found)
+            about["selections"] = summaries(part, runs, to)
+        write_json(to / f"{part}.json", about)
+        for job in (job for job in jobs_of(part) if study.has(job, "curve.png") and part in ("paper", "ours")):
+            for name in ("curve", "gallery"):
+                shutil.copyfile(study.file(job, f"{name}.png"), to / f"{part}-{name}.png")
+    methods = [*found["baselines"], *found["paper"], *found["ours"]]
+    if methods:
+        selections = summaries("digits", methods, to)
+        aims = aimed_at(selections, found)
+        print(aims)
+        write_json(to / "digits.json", {**record, "selections": selections, "aims": aims.splitlines()})
     if (study.out / "chosen.json").is_file():
         shutil.copyfile(study.out / "chosen.json", to / "chosen.json")
+
+
+def aimed_at(digits: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
+    """The figures that the study was to reach, a line each, as far as they are there."""
+    rows: list[tuple[str, float, float, bool]] = []  # what, measured, aimed at, whether more is better
+
+    def mean(label: str, target: str, selection: str = "last") -> float | None:
+        cell = digits.get(selection, {}).get(label, {}).get(target)
+        return None if cell is None else 100 * float(cell["mean"])
+
+    def aim(what: str, value: float | None, wanted: float, more: bool = True) -> None:
+        if value is not None:
+            rows.append((what, value, wanted, more))
+
+    for target, paper, ours in (("mnist-m", 80, 84), ("usps", 84, 88)):
+        aim(f"the paper's settings, {target}, last (%)", mean("pden-paper", target), paper)
+        aim(f"ours, {target}, averaged (%)", mean("pden-ours", target, "averaged"), ours)
+    rivals = [mean(each, "average", which) for each in METHODS for which in ("last", "averaged")]
+    best, own = (
+        max((each for each in rivals if each is not None), default=None),
+        mean("pden-ours", "average", "averaged"),
+    )
+    if best is not None and own is not None:
+        aim("ours, averaged, above the best baseline's better weights, on average (points)", own - best, 3)
+    for target, published in (("mnist-m", 52.7), ("usps", 77.0)):
+        value = mean("erm", target)
+        aim(
+            f"ERM, {target}, last, off the literature's {published} (points)",
+            value and abs(value - published),
+            5,
+            False,
+        )
+    for each in found["paper"]:
+        if each["seed"] == SEEDS[0]:  # alone on its GPU
+            aim(f"20 rounds alone on a {each['hardware']['gpu']} (minutes)", each["seconds"] / 60, 8, False)
+            aim("their memory (GB)", each["peak_memory_bytes"] / 1e9, 2, False)
+            aim("their gate's share of the time (%)", 100 * each["gate_share"], 3, False)
+    for each in found["cifar"]:
+        if each["method"] == "pden":
+            level = 100 * hardest(each)["selections"]["last"]["average"]
+            aim("PDEN, CIFAR-10-C (recomputed), level 5, 15 corruptions (%)", level, 74)
+    lines = [
+        f"{what}: {value:.2f}, aimed at {'>=' if more else '<='} {wanted:g}: "
+        f"{'met' if (value >= wanted if more else value <= wanted) else 'missed'}"
+        for what, value, wanted, more in rows
+    ]
+    return "\n".join(lines)
 
 
 def after_round(result: dict[str, Any], number: int) -> dict[str, Any]:
@@ -265,17 +361,30 @@ def after_round(result: dict[str, Any], number: int) -> dict[str, Any]:
     return {**result, "name": f"{WHOLE}-seed{result['seed']}", "selections": selections}
 
 
-def over_corruptions(result: dict[str, Any]) -> dict[str, Any]:
-    """The average without the clean images, as it is published."""
+def hardest(result: dict[str, Any]) -> dict[str, Any]:
+    """Level 5 of the corruptions alone; their average is without the clean images, as it is published."""
     selections = {}
     for name, figures in result["selections"].items():
-        rows = {target: value for target, value in figures["targets"].items() if target != "cifar10-test"}
-        selections[name] = {**figures, "average": sum(rows.values()) / len(rows)}
+        rows = {target: value for target, value in figures["targets"].items() if target.endswith("/5")}
+        selections[name] = {**figures, "targets": rows, "average": sum(rows.values()) / len(rows)}
     return {**result, "selections": selections}
 
 
+def by_level(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, table.Cell]]:
+    """Each run's last checkpoint, averaged over the corruptions of a level."""
+    rows = {}
+    for result in runs:
+        levels: dict[str, list[float]] = {}
+        for name, value in result["selections"]["last"]["targets"].items():
+            _, _, level = name.partition("/")
+            for column in (f"level {level}", table.AVERAGE) if level else (name,):
+                levels.setdefault(column, []).append(value)
+        rows[result["name"]] = {name: (sum(values) / len(values), 0.0) for name, values in levels.items()}
+    return rows
+
+
 def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, Any]:
-    """Means and spreads of a part by selection; the last weights' also as table and chart."""
+    """Means and spreads by selection; of the last weights, and the methods' averaged ones, also a table and a chart."""
     selections: dict[str, Any] = {}
     groups = table.group(runs)
     for selection in ("last", "averaged", "source-validation", "oracle"):
@@ -289,10 +398,11 @@ def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, 
             label: {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()}
             for label, row in rows.items()
         }
-        if selection == "last":
-            print(f"{part}, last checkpoint\n\n{table.markdown(rows)}")
-            save_bars(rows, to / f"{part}.png", title=f"{part}: last checkpoint")
-            write_text(to / f"{part}.md", table.markdown(rows))
+        if rows and (selection == "last" or (selection, part) == ("averaged", "digits")):
+            title, name = f"{part}, {selection} weights", part if selection == "last" else f"{part}-{selection}"
+            print(f"{title}\n\n{table.markdown(rows)}")
+            save_bars(rows, to / f"{name}.png", title=title)
+            write_text(to / f"{name}.md", table.markdown(rows))
     return selections
 
 
@@ -312,7 +422,7 @@ def main() -> int:
         if action == "report":
             one.add_argument("--to", type=Path, required=True, help="folder for JSON, tables and charts")
             continue
-        one.add_argument("--side", type=int, default=5, help="trainings side by side on a GPU")
+        one.add_argument("--side", type=int, default=3, help="trainings side by side on a GPU")
         one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
         one.add_argument("--lease", type=float, default=24.0, help="minutes from the first `run` on this machine")
         if action == "plan":

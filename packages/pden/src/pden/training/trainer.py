@@ -206,6 +206,7 @@ class Trainer:
         config, clock = self.config, self.clock
         if clock.stage == "pretrain" and clock.step == config.pretrain_steps:
             self._select(0)
+            self.tick()  # here, as the time of the stage that follows is the gate's
             self.average = new_average(self.task, config.averaging)  # of what follows; until here it had no meaning
             if config.rounds == 0:
                 clock.stage = "done"
@@ -213,7 +214,6 @@ class Trainer:
                 clock.stage, clock.step = "judge", 0
             else:
                 self._begin_round(1)
-            self.tick()
             return "pretrained"
         if clock.stage == "judge" and clock.step == config.gate.judge_steps:
             self.tick()
