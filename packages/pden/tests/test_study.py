@@ -129,9 +129,9 @@ def test_a_candidate_with_a_training_that_failed_is_out_and_the_choice_goes_on()
     assert found["chosen"] == list(study.CANDIDATES)[-2] and found["failed"] == [f"{best}-seed101"]
 
 
-def load_study() -> ModuleType:
+def load_study(name: str = "study") -> ModuleType:
     """Under a name of its own: other packages have studies too."""
-    spec = importlib.util.spec_from_file_location("pden_study", BENCHMARKS / "study.py")
+    spec = importlib.util.spec_from_file_location(f"pden_{name}", BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -307,3 +307,12 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
     assert any("(minutes): 9.00, aimed at <= 8: missed" in line for line in aims)
     text = (to / "digits-averaged.md").read_text()
     assert all(label in text for label in ("erm", "pden-paper", "pden-ours")) and (to / "digits.png").is_file()
+
+
+def test_a_step_is_timed_in_a_second_round_that_has_as_many_as_were_asked_for():
+    small = {"model.width": 0.1, "batch": 8, "pretrain_batch": 8}
+    one = load_study("step_time").trainer("erm", 2, torch.device("cpu"), **small)
+    while not (one.clock.stage == "round" and one.clock.round == 2):
+        one.step()
+    assert (one.clock.step, one.clock.total) == (0, 22) and not one.done
+    assert one.step() == "none" and one.step() == "round" and one.done

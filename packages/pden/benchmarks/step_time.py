@@ -1,0 +1,114 @@
+"""Milliseconds of a training step on this machine, for each method, alone and side by side on one device.
+
+    python packages/pden/benchmarks/step_time.py --side 1,3,5 --json out.json
+
+The digits net, batch 128, images made at random (their values cost no time). Each process warms up in one round and is
+timed in the next, all at once; what counts for a study is the time a step takes of the device: that of a process
+divided by how many ran beside one another. `--profile FOLDER` keeps a trace of 30 steps of the first method besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from expkit.checkpoint import write_json
+from expkit.config import load_config
+from expkit.device import resolve_device, synchronize
+from expkit.rundir import evidence
+from pden.data import Domain
+from pden.training.config import TrainConfig
+from pden.training.trainer import Trainer
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CLASSES = tuple(str(digit) for digit in range(10))
+
+
+def trainer(method: str, steps: int, device: torch.device, **more: Any) -> Trainer:
+    """Two rounds of so many steps after a short start; `more` settings by key."""
+    config = "digits-ours" if method == "pden" else "digits-baseline"
+    keys: dict[str, Any] = {"method": method, "rounds": 2, "round_steps": steps, "pretrain_steps": 20}
+    keys |= {"gate.mode": "record", "gate.judge_steps": 20} if method == "pden" else {}
+    settings = load_config(TrainConfig, CONFIGS / f"{config}.toml", keys | more)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (2000, 3, 32, 32), generator=generator).to(torch.uint8)
+    made = Domain("made", images, torch.arange(2000) % 10, CLASSES)
+    return Trainer(settings, made, made, device=device)
+
+
+def work(method: str, steps: int, barrier: Any, found: Any) -> None:
+    """One process: milliseconds of a step of the second round, the gate and what ends a round left out."""
+    device = resolve_device("auto")
+    one = trainer(method, steps, device)
+    while not (one.clock.stage == "round" and one.clock.round == 2):
+        one.step()
+    synchronize(device)
+    barrier.wait()
+    begun = time.perf_counter()
+    for _ in range(steps - 1):
+        one.step()
+    synchronize(device)
+    found.put(1000 * (time.perf_counter() - begun) / (steps - 1))
+
+
+def measure(method: str, side: int, steps: int) -> dict[str, Any]:
+    """So many processes at once, each of them new."""
+    context = multiprocessing.get_context("spawn")
+    barrier, found = context.Barrier(side), context.Queue()
+    processes = [context.Process(target=work, args=(method, steps, barrier, found)) for _ in range(side)]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join()
+    if any(each.exitcode for each in processes):
+        raise SystemExit(f"{method}, {side} side by side: a process failed")
+    mean = sum(found.get() for _ in processes) / side
+    return {"method": method, "side": side, "ms": mean, "ms_of_device": mean / side}
+
+
+def profile(method: str, folder: Path) -> None:
+    """A trace of steps of the second round, and its operations by time."""
+    device = resolve_device("auto")
+    one = trainer(method, 200, device)
+    while not (one.clock.stage == "round" and one.clock.round == 2 and one.clock.step > 20):
+        one.step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities) as seen:
+        for _ in range(30):
+            one.step()
+        synchronize(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen.export_chrome_trace(str(folder / f"{method}.json.gz"))
+    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    (folder / f"{method}.txt").write_text(seen.key_averages().table(sort_by=key, row_limit=60), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="pden,augmix,randconv,me-ada,erm")
+    parser.add_argument("--side", type=lambda text: [int(each) for each in text.split(",")], default=[1, 3])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    record, rows = evidence(), []
+    methods = arguments.methods.split(",")
+    for method in methods:
+        for side in arguments.side:
+            rows.append(measure(method, side, arguments.steps))
+            print(f"{method:10} {side} side by side: {rows[-1]['ms']:7.2f} ms a step, {rows[-1]['ms_of_device']:6.2f} "
+                  "of the device", flush=True)  # fmt: skip
+    if arguments.profile:
+        profile(methods[0], arguments.profile)
+    if arguments.json:
+        write_json(arguments.json, {**record, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
