@@ -12,6 +12,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
     beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
     joint       TRADES + TRAIN at the chosen beta, lambda in powers of 3, 15 epochs, seed 0
+    inputs      TRADES and AT + TRAIN with the features of adversarial inputs or of both, 15 epochs, seed 0
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
     lower       AT + TRAIN at the lambda below the chosen one, for each seed: reported, never chosen
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
@@ -19,11 +20,11 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
     edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
-Nothing is chosen on test images. The sweeps (`rate`, `lambda`, `beta`, `joint`, `edges`) train without a tenth of the
-training images, the same 5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone;
-so is their standard model. The other parts take rate, beta, kernel and lambda by the rules of `study_report.choose`
-from those figures (`--at`, `--trades` override them), are trained on all training images but their 2 % for validation,
-and are judged on the test images.
+Nothing is chosen on test images. The sweeps (`rate` to `inputs`, and `edges`) train without a tenth of the training
+images, the same 5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is
+their standard model. The other parts take rate, beta and TRAIN's settings by the rules of `study_report.choose` from
+those figures (`--at`, `--trades` override them), are trained on all training images but their 2 % for validation, and
+are judged on the test images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their

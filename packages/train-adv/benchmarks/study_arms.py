@@ -11,12 +11,13 @@ from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
 PARTS = (
-    "speed", "standard", "rate", "lambda", "beta", "joint", "main", "lower", "epsilons", "everything", "long", "edges",
+    "speed", "standard", "rate", "lambda", "beta", "joint", "inputs", "main", "lower", "epsilons", "everything", "long",
+    "edges",
 )  # fmt: skip
 SEEDED = ("standard", "main", "lower")  # trained with each seed, all else with the first
 # What each part needs: rates are chosen first, then lambda and beta, then lambda at that beta; the rest has them all.
 LAST = ("main", "lower", "epsilons", "everything", "long")
-STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, **dict.fromkeys(LAST, 4)}
+STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, "inputs": 3, **dict.fromkeys(LAST, 4)}
 RATES = (0.05, 0.1, 0.2)
 BETA = 6.0  # TRADES' customary one
 LONG_RATE = 0.1  # that of public recipes of 100 epochs and more
@@ -80,12 +81,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for one host: learning rate and TRADES' beta, without TRAIN and with it; kernel and lambda."""
+    """What was chosen for one host: learning rate and TRADES' beta, without TRAIN and with it; TRAIN's settings."""
 
     rate: float
     kernel: str
     weight: float
     beta: float | None = None
+    inputs: str = "natural"
 
     @property
     def alone(self) -> dict[str, Any]:
@@ -93,13 +95,20 @@ class Choice:
 
     @property
     def train(self) -> dict[str, Any]:
-        return {**self.alone, "topology.kernel": self.kernel, "topology.weight": self.weight}
+        shown = {} if self.inputs == "natural" else {"topology.inputs": self.inputs}
+        return {**self.alone, "topology.kernel": self.kernel, "topology.weight": self.weight, **shown}
+
+    @property
+    def suffix(self) -> str:
+        """Of an arm's name with TRAIN, after the paper's form of it."""
+        return "" if self.inputs == "natural" else f"-{self.inputs}"
 
 
 def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
     """The arms of every part; `at` is for MART too."""
     scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.1, 0.3)}
-    chosen = {"at": at, "trades": replace(trades, beta=BETA)}
+    natural = {"at": replace(at, inputs="natural"), "trades": replace(trades, inputs="natural")}
+    customary = {"at": natural["at"], "trades": replace(natural["trades"], beta=BETA)}
     at_, trades_ = (replace(each, rate=LONG_RATE) for each in (at, trades))  # of the long runs
     aa = ("autoattack",)
     rare = {"validation.every": 2}
@@ -112,32 +121,38 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
         "standard": [standard(tuning=False)],
         "rate": [
             _alone(host, replace(own, rate=rate))
-            for host, own in chosen.items()
+            for host, own in customary.items()
             for rate in RATES
         ],
         "lambda": [
             _with_train(host, replace(own, kernel=name, weight=weight))
-            for host, own in chosen.items()
+            for host, own in customary.items()
             for name, weights in scales.items()
             for weight in weights
         ],
         "beta": [_alone("trades", replace(trades, beta=beta)) for beta in (1.0, 2.0, 3.0, 9.0)],  # 6 is among the rates
         "joint": [
-            _with_train("trades", replace(trades, kernel="cosine", weight=weight))
+            _with_train("trades", replace(natural["trades"], kernel="cosine", weight=weight))
             for weight in scales["cosine"]
             if trades.beta not in (None, BETA)
         ],
+        "inputs": [
+            _with_train(host, replace(own, kernel="cosine", weight=weight, inputs=inputs))
+            for host, own in (("trades", trades), ("at", at))
+            for inputs, weights in (("both", (30.0, 100.0, 300.0)), ("adversarial", (100.0, 300.0, 1000.0)))
+            for weight in weights
+        ],
         "main": [
             Arm("at", {"host": "at", **at.alone}, final=aa),
-            Arm("at+train", {"host": "at", **at.train}, final=aa),
+            Arm(f"at+train{at.suffix}", {"host": "at", **at.train}, final=aa),
             Arm("trades", {"host": "trades", **trades.alone}, final=aa),
-            Arm("trades+train", {"host": "trades", **trades.train}, final=aa),
+            Arm(f"trades+train{trades.suffix}", {"host": "trades", **trades.train}, final=aa),
             Arm("at-control", {"host": "at", "topology.control": True, **at.alone}),
             Arm("mart", {"host": "mart", **at.alone}, final=aa),
-            Arm("mart+train", {"host": "mart", **at.train}, final=aa),
+            Arm(f"mart+train{at.suffix}", {"host": "mart", **at.train}, final=aa),
         ],
         "lower": [
-            Arm(f"at+train-{weight:g}", {"host": "at", **replace(at, weight=weight).train}, final=aa)
+            Arm(f"at+train{at.suffix}-{weight:g}", {"host": "at", **replace(at, weight=weight).train}, final=aa)
             for weight in [each for each in scales[at.kernel] if each < at.weight][-1:]
         ],
         "epsilons": [
@@ -161,7 +176,7 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             for arm in (
                 _alone("at", replace(at, rate=2 * max(RATES))),
                 _alone("trades", replace(trades, rate=2 * max(RATES))),
-                _with_train("at", replace(at, kernel="cosine", weight=300.0)),
+                _with_train("at", replace(natural["at"], kernel="cosine", weight=300.0)),
             )
         ]
         + [Arm("edge-at-no-average", {**_alone("at", at).settings, "averaging.kind": "none"},
@@ -177,7 +192,7 @@ def _alone(host: str, own: Choice) -> Arm:
 
 def _with_train(host: str, own: Choice) -> Arm:
     """The same with TRAIN."""
-    name = f"{_alone(host, own).name}-{own.kernel}-{own.weight:g}"
+    name = f"{_alone(host, own).name}-{own.kernel}-{own.weight:g}{own.suffix}"
     return Arm(name, {"host": host, **own.train, **SHORT}, tuning=True, both=False)
 
 

@@ -45,7 +45,7 @@ def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
     if not trained:
         return replace(START, rate=rate, beta=beta)
     best = _best(trained, own)["config"]
-    return Choice(rate, best["topology.kernel"], best["topology.weight"], beta)
+    return Choice(rate, best["topology.kernel"], best["topology.weight"], beta, best.get("topology.inputs", "natural"))
 
 
 def _best(found: Sequence[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +111,9 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
         setting = config["topology.weight"]
         if setting:
             beta = f" ({_beta(each):g})" if host == "trades" else ""
-            name = f"{name}{beta} + TRAIN, {config['topology.kernel']}"
+            inputs = config.get("topology.inputs", "natural")
+            shown = "" if inputs == "natural" else f", {inputs} inputs"
+            name = f"{name}{beta} + TRAIN, {config['topology.kernel']}{shown}"
         elif host == "trades":
             name, setting = "TRADES, beta", _beta(each)
         series.setdefault(name, []).append((setting, figure(each, "natural"), figure(each, "apgd")))

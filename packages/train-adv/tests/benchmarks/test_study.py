@@ -49,7 +49,7 @@ def test_sweeps_see_no_test_image(modules):
 
 def test_every_sweep_is_judged_on_held_out_training_images_and_nothing_else_is(start):
     for part, arms in start.items():
-        assert all(arm.tuning == (part in ("rate", "lambda", "beta", "joint", "edges")) for arm in arms), part
+        assert all(arm.tuning == (part in ("rate", "lambda", "beta", "joint", "inputs", "edges")) for arm in arms), part
 
 
 def result(arm: str, natural: float, apgd: float, weight=0.0, kernel="cosine", rate=0.1, beta=None) -> dict:
@@ -94,6 +94,26 @@ def test_beta_is_tuned_for_trades_by_the_rule_that_tunes_lambda_for_train(module
     names = {arm.name for arm in arms.parts(start, report.choose(results, "trades"))["joint"]}
     assert "tune-trades-rate-0.2-beta-3-cosine-10" in names
     assert not arms.parts(start, report.choose(results[:1], "trades"))["joint"]  # lambda has them
+
+
+def test_inputs_are_chosen_with_lambda_and_name_the_arms_that_have_them(modules):
+    _, arms, report = modules
+    results = [
+        result("tune-at-rate-0.2", 0.74, 0.434, rate=0.2),
+        result("tune-at-rate-0.2-cosine-100", 0.79, 0.432, 100.0, rate=0.2),
+        result("tune-at-rate-0.2-cosine-300-both", 0.80, 0.433, 300.0, rate=0.2),
+    ]
+    before = {arm.name for part in arms.parts(report.choose(results[:2], "at"), report.START).values() for arm in part}
+    results[2]["config"]["topology.inputs"] = "both"
+    at = report.choose(results, "at")
+    assert at == report.Choice(0.2, "cosine", 300.0, None, "both")
+    found = arms.parts(at, report.START)
+    names = {arm.name for part in found.values() for arm in part}
+    assert {"at+train-both", "tune-at-rate-0.2-cosine-300-both"} <= names
+    swept = {name for name in before if name.startswith(("tune", "edge", "speed"))}
+    assert swept <= names  # the sweeps stay as they were, or they would be run again
+    (arm,) = (arm for arm in found["main"] if arm.name == "at+train-both")
+    assert arm.settings["topology.inputs"] == "both"
 
 
 def test_the_lambda_below_the_chosen_one_is_reported_too(modules):

@@ -27,6 +27,18 @@ def test_it_is_lambda_times_the_loss_of_pooled_features():
     assert float(topology.last["topology"]) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_the_model_may_be_shown_other_images_than_the_reference():
+    model, reference = tiny_net(seed=1), tiny_net(seed=2)
+    images, _ = tiny_batch()
+    moved = (images + 0.1).clamp(0, 1)
+    value = TopologyRegularizer(model, reference, weight=7.0)(images, shown=moved)
+    expected = TopologyLoss()(model[:-1](moved), reference[:-1](images))
+    assert float(value) == pytest.approx(7 * float(expected), rel=1e-4)
+    assert float(value) != pytest.approx(
+        7 * float(TopologyLoss()(model[:-1](images), reference[:-1](images))), rel=1e-4
+    )
+
+
 def test_training_with_it_brings_the_relations_back():
     model, reference = tiny_net(seed=1), tiny_net(seed=2)
     images, _ = tiny_batch(count=32)

@@ -21,6 +21,7 @@ from expkit.metrics import read_metrics
 from tiny_models import tiny_batch, tiny_net
 from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.models.checkpoint import figures_of
+from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.metrics import NEIGHBOURS
 from train_adv.training.trainer import Trainer
 
@@ -174,6 +175,33 @@ def test_the_training_attack_moves_the_second_networks_statistics_once_a_step(tm
     assert int(teacher.backbone.trunk[1].num_batches_tracked) == steps
     assert int(reference.backbone.trunk[1].num_batches_tracked) == trained_before + steps
     assert int(trainer.model.backbone.trunk[1].num_batches_tracked) == 2 * steps  # attacked, and TRAIN's natural
+
+
+@pytest.mark.parametrize("host", ["at", "trades"])
+@pytest.mark.parametrize("inputs", ["natural", "adversarial", "both"])
+def test_the_topology_is_kept_by_the_features_that_were_asked_for(host, inputs, tmp_path, monkeypatch):
+    kept: list[Trainer] = []
+    real = Trainer.__init__
+
+    def keeping(self: Trainer, *arguments: object, **named: object) -> None:
+        real(self, *arguments, **named)  # type: ignore[arg-type]
+        kept.append(self)
+
+    monkeypatch.setattr(Trainer, "__init__", keeping)
+    fit(tmp_path, host=host, epochs=1, topology={"weight": 20.0, "reference_epochs": 1, "inputs": inputs})
+    trainer = kept[-1]
+    forwards = 1 if host == "at" and inputs == "adversarial" else 2  # plain AT needs no natural forward of its own
+    assert int(trainer.model.backbone.trunk[1].num_batches_tracked) == forwards * trainer.batches.steps
+    images = torch.rand(16, 1, 8, 8)
+    adversarial, labels = (images + 0.2).clamp(0, 1), torch.arange(16) % 10
+    found = trainer._whole_loss(images, adversarial, labels, torch.tensor(20.0))
+    shown = {"natural": [images], "adversarial": [adversarial], "both": [images, adversarial]}[inputs]
+    reference = trainer.topology.reference.with_features(images).features
+    values = [TopologyLoss()(trainer.model.with_features(each).features, reference) for each in shown]
+    value = sum(map(float, values)) / len(values)
+    assert float(found.topology) == pytest.approx(value, rel=1e-4)
+    alone = trainer.host.loss(trainer.model.with_features, images, adversarial, labels)
+    assert float(found.total) == pytest.approx(float(alone.total) + 20 * value, rel=1e-4)
 
 
 def test_the_standard_model_is_trained_first_and_used_again(tmp_path):

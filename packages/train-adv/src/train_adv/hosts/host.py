@@ -20,12 +20,12 @@ class HostLoss:
 
     Attributes:
         total: scalar, fp32.
-        attacked: logits (batch, classes) of the adversarial images.
+        attacked: output of the adversarial images.
         natural: output of the natural images in train mode, where the host has such a forward.
     """
 
     total: Tensor
-    attacked: Tensor
+    attacked: Output
     natural: Output | None = None
 
 

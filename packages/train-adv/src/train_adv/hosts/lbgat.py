@@ -35,9 +35,10 @@ class LBGAT(Host):
 
     def loss(self, forward: Forward, images: Tensor, adversarial: Tensor, labels: Tensor) -> HostLoss:
         natural = forward(images) if self.beta > 0 else None
-        moved, taught = forward(adversarial).logits.float(), self.teacher(images).float()
+        attacked = forward(adversarial)
+        moved, taught = attacked.logits.float(), self.teacher(images).float()
         total = F.mse_loss(moved, taught) + F.cross_entropy(taught, labels)
         if natural is not None:
             own = natural.logits.float().log_softmax(1)
             total = total + self.beta * F.kl_div(moved.log_softmax(1), own, reduction="batchmean", log_target=True)
-        return HostLoss(total, moved, natural)
+        return HostLoss(total, attacked, natural)

@@ -25,4 +25,4 @@ class Mart(Host):
         boosted = F.cross_entropy(moved, labels) - torch.log1p(1e-4 - rivals).mean()  # 1e-4 as in the published code
         gaps = F.kl_div(moved.log_softmax(1), own.log_softmax(1), reduction="none", log_target=True).sum(1)
         unsure = 1 - own.softmax(1).gather(1, labels[:, None]).squeeze(1)
-        return HostLoss(boosted + self.beta * (gaps * unsure).mean(), moved, natural)
+        return HostLoss(boosted + self.beta * (gaps * unsure).mean(), attacked, natural)

@@ -12,5 +12,5 @@ class PGDAT(Host):
     """Cross-entropy on adversarial images."""
 
     def loss(self, forward: Forward, images: Tensor, adversarial: Tensor, labels: Tensor) -> HostLoss:
-        logits = forward(adversarial).logits.float()
-        return HostLoss(F.cross_entropy(logits, labels), logits)
+        attacked = forward(adversarial)
+        return HostLoss(F.cross_entropy(attacked.logits.float(), labels), attacked)

@@ -22,4 +22,4 @@ class Standard(Host):
 
     def loss(self, forward: Forward, images: Tensor, adversarial: Tensor, labels: Tensor) -> HostLoss:
         natural = forward(images)
-        return HostLoss(F.cross_entropy(natural.logits.float(), labels), natural.logits, natural)
+        return HostLoss(F.cross_entropy(natural.logits.float(), labels), natural, natural)

@@ -32,4 +32,4 @@ class Trades(Host):
         natural, attacked = forward(images), forward(adversarial)
         own, moved = natural.logits.float(), attacked.logits.float()
         gap = F.kl_div(moved.log_softmax(1), own.log_softmax(1), reduction="batchmean", log_target=True)
-        return HostLoss(F.cross_entropy(own, labels) + self.beta * gap, moved, natural)
+        return HostLoss(F.cross_entropy(own, labels) + self.beta * gap, attacked, natural)

@@ -18,6 +18,7 @@ from train_adv.topology.features import feature_reader
 from train_adv.topology.loss import TopologyLoss, require_neighbours
 
 ReferenceKind = Literal["frozen", "co-trained", "ema"]
+TopologyInputs = Literal["natural", "adversarial", "both"]
 
 
 class TopologyRegularizer(nn.Module):
@@ -100,12 +101,14 @@ class TopologyRegularizer(nn.Module):
             return self.weight
         return self.weight * min(1.0, self.steps / self.warmup)
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """lambda * L_topo of natural images, through a natural forward of the model of its own.
+    def forward(self, images: Tensor, labels: Tensor | None = None, *, shown: Tensor | None = None) -> Tensor:
+        """lambda * L_topo of natural images, through a forward of the model of its own.
 
         Args:
             images: (batch, channels, height, width), natural.
             labels: (batch,), needed where the reference is co-trained, whose cross-entropy is then added.
+            shown: what the model sees of the same images instead, as adversarial ones; the reference always sees
+                `images`.
 
         Raises:
             UsageError: fewer than two images, or labels missing.
@@ -113,7 +116,7 @@ class TopologyRegularizer(nn.Module):
         require_neighbours(len(images))
         (model,) = self._model
         with natural_statistics(model, self.statistics) if model.training else nullcontext():
-            features = self.read_model(images)
+            features = self.read_model(images if shown is None else shown)
         reference, extra = self.reference_features(images, labels)
         return self.compare(features, reference) + extra
 

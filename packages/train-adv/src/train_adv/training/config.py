@@ -14,7 +14,7 @@ from train_adv.hosts.make import HostName
 from train_adv.modes import NaturalStatistics
 from train_adv.topology.kernels import KernelName
 from train_adv.topology.loss import Direction, Reduction
-from train_adv.topology.regularizer import ReferenceKind
+from train_adv.topology.regularizer import ReferenceKind, TopologyInputs
 
 
 def _require(condition: bool, message: str) -> None:
@@ -84,6 +84,8 @@ class TopologyConfig:
         weight: lambda; see RESULTS.md for what was measured, there is no natural scale.
         ratio: instead of a weight, the ratio of gradient norms (topology to host) to which lambda is set at the
             start of every epoch.
+        inputs: whose features keep the topology of the natural images: the network's of the "natural" images, as in
+            the paper, of the "adversarial" ones, or the mean loss of "both" (ours).
         control: the natural forward at lambda 0, a fair control for hosts that have none.
         metrics: measure the topology on the validation split after every epoch (needs a reference, not a weight).
         reference: "frozen", "co-trained" or "ema".
@@ -97,6 +99,7 @@ class TopologyConfig:
 
     weight: float = 0.0
     ratio: float = 0.0
+    inputs: TopologyInputs = "natural"
     control: bool = False
     metrics: bool = False
     reference: ReferenceKind = "frozen"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ from train_adv.training.climber import Climber, Engine
 from train_adv.training.config import TrainConfig
 from train_adv.training.reduce import average_gradients, average_statistics, total
 from train_adv.training.schedule import learning_rate
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -262,16 +264,24 @@ class Trainer:
                 reference = self._beside(topology.reference_features, images, labels)
             found = self.host.loss(self.forward, images, adversarial, labels)
             natural = found.natural
-            if natural is None and (topology is not None or settings.control):
+            seen = topology is not None and settings.inputs != "adversarial"
+            if natural is None and (seen or settings.control):
                 with natural_statistics(self.model, settings.statistics):
                     natural = self.forward(images)
             self._beside.join()
-            if reference is None or natural is None:
-                return StepLoss(found.total, found.attacked, torch.zeros_like(found.total))
+            logits = found.attacked.logits
+            if reference is None:
+                return StepLoss(found.total, logits, torch.zeros_like(found.total))
             assert self.l_topo is not None
             features, extra = reference
-            value = self.l_topo(natural.features, features)
-            return StepLoss(found.total + weight * value + extra, found.attacked, value)
+            shown = self._shown(natural, found.attacked)
+            value = torch.stack([self.l_topo(each.features, features) for each in shown if each is not None]).mean()
+            return StepLoss(found.total + weight * value + extra, logits, value)
+
+    def _shown(self, natural: T, adversarial: T) -> list[T]:
+        """Those of the two whose features are compared with the reference's of the natural images."""
+        chosen = {"natural": [natural], "adversarial": [adversarial], "both": [natural, adversarial]}
+        return chosen[self.config.topology.inputs]
 
     def _measure_norms(self, images: Tensor, adversarial: Tensor, labels: Tensor) -> None:
         """Gradient norms of both losses on this batch, and lambda where it follows their ratio."""
@@ -283,7 +293,9 @@ class Trainer:
             host = float(gradient_norm(self.host.loss(self.forward, images, adversarial, labels).total, parameters))
             with torch.no_grad():
                 reference, _ = topology.reference_features(images, labels)
-            other = float(gradient_norm(topology.loss(self.forward(images).features, reference), parameters))
+            shown = self._shown(images, adversarial)
+            values = [topology.loss(self.forward(each).features, reference) for each in shown]
+            other = float(gradient_norm(torch.stack(values).mean(), parameters))
         topology.last.update(norm_host=host, norm_topology=other)
         if settings.ratio > 0:
             topology.weight = weight_for_ratio(host, other, settings.ratio)
