@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from importlib import import_module
@@ -33,7 +34,8 @@ class World:
 
 
 def join() -> World:
-    """Join the group that torchrun describes in the environment (nccl with a GPU each, else gloo)."""
+    """Join the group that torchrun describes in the environment (nccl with a GPU each, else gloo), until `leave` or the
+    end of the process."""
     world = World(
         rank=int(os.environ.get("RANK", "0")),
         size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -49,6 +51,7 @@ def join() -> World:
     # would keep the group and gloo's threads beyond `leave`, and these abort the process at its end now and then.
     import_module("torch.distributed.nn")
     dist.init_process_group("nccl" if on_gpu else "gloo")
+    atexit.register(leave)  # for scripts that do not leave by themselves: gloo's threads would outlive them as well
     return world
 
 
