@@ -23,6 +23,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import study_jobs as study  # noqa: E402
+import study_tables as tables  # noqa: E402
 
 from expkit.config import load_config  # noqa: E402
 from pden.commands.options import parse_setting  # noqa: E402
@@ -266,15 +267,14 @@ def test_the_last_training_of_the_choice_writes_what_ours_starts_from(tmp_path):
 
 
 def test_the_ablations_full_row_is_the_long_run_after_its_rounds_and_clean_images_are_no_corruption():
-    module = load_study()
     history = [{"round": number, "last": {"average": number / 100}} for number in range(21)]
-    made = module.after_round({"name": "pden-paper-seed1", "seed": 1, "history": history}, 10)
+    made = tables.after_round({"name": "pden-paper-seed1", "seed": 1, "history": history}, 10)
     assert made["name"] == "full-seed1" and made["selections"] == {"last": {"average": 0.1, "round": 10}}
     targets = {"cifar10-test": 0.9, "C fog/4": 0.8, "C snow/4": 0.6, "C fog/5": 0.5, "C snow/5": 0.7}
     found = {"name": "erm-seed0", "selections": {"last": {"targets": targets, "average": 0.7}}}
-    last = module.hardest(found)["selections"]["last"]
+    last = tables.hardest(found)["selections"]["last"]
     assert last == {"targets": {"C fog/5": 0.5, "C snow/5": 0.7}, "average": pytest.approx(0.6)}
-    (row,) = module.by_level([found]).values()
+    (row,) = tables.by_level([found]).values()
     expected = {"cifar10-test": 0.9, "level 4": 0.7, "level 5": 0.6, "average": 0.65}
     assert {name: mean for name, (mean, _) in row.items()} == pytest.approx(expected)
 
@@ -299,7 +299,7 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
         file = out / job.part / job.name / "result.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({**dict.fromkeys(rest), **found}))
-    load_study().report(load_study().Study(argparse.Namespace(out=out)), to)
+    tables.report(out, to)
     aims = json.loads((to / "digits.json").read_text())["aims"]
     assert "the paper's settings, mnist-m, last (%): 82.00, aimed at >= 80: met" in aims
     assert "ours, mnist-m, averaged (%): 83.00, aimed at >= 84: missed" in aims
