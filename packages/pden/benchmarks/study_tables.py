@@ -82,7 +82,8 @@ def aimed_at(digits: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> 
         )
     for each in found["paper"]:
         if each["seed"] == SEEDS[0]:  # alone on its GPU
-            aim(f"20 rounds alone on a {each['hardware']['gpu']} (minutes)", each["seconds"] / 60, 8, False)
+            card = ", ".join(each["hardware"]["gpu"] or ["CPU"])
+            aim(f"20 rounds alone on one {card} (minutes)", each["seconds"] / 60, 8, False)
             aim("their memory (GB)", each["peak_memory_bytes"] / 1e9, 2, False)
             aim("their gate's share of the time (%)", 100 * each["gate_share"], 3, False)
     for each in found["cifar"]:
