@@ -12,9 +12,11 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
     beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
     joint       TRADES + TRAIN at the chosen beta, lambda in powers of 3, 15 epochs, seed 0
-    inputs      TRADES and AT + TRAIN with the features of adversarial inputs or of both, 15 epochs, seed 0
+    inputs      TRADES and AT + TRAIN with the features of adversarial inputs or of both, 15 epochs, seed 0; the best of
+                these for TRADES at beta 2 and 6 as well
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
-    lower       AT + TRAIN at the lambda below the chosen one, for each seed: reported, never chosen
+    customary   TRADES at beta 6, alone and + TRAIN as chosen at that beta, for each seed
+    careful     AT + TRAIN as chosen where it may cost no APGD accuracy at all, for each seed
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
@@ -58,7 +60,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_arms import PARTS, SEEDED, Arm, Choice, Costs, Job, cost, is_done, parts, plan, read_results, seconds_on
+from study_arms import (
+    BETA,
+    PARTS,
+    SEEDED,
+    Arm,
+    Choice,
+    Costs,
+    Job,
+    cost,
+    is_done,
+    parts,
+    plan,
+    read_results,
+    seconds_on,
+)
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
 from study_report import choose, line, pack, plot_frontier, plot_topology, publishable, report
@@ -142,7 +158,12 @@ def _choice(text: str) -> Choice:
 
 def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[Job]:
     """What is left, in order, with its seconds on paper."""
-    arms = parts(arguments.at or choose(results, "at"), arguments.trades or choose(results, "trades"))
+    arms = parts(
+        arguments.at or choose(results, "at"),
+        arguments.trades or choose(results, "trades"),
+        choose(results, "trades", beta=BETA),
+        choose(results, "at", tolerance=0.0),
+    )
     costs = Costs.measured(results, [arm for part in arms.values() for arm in part])
     found = []
     for part in arguments.parts or PARTS:

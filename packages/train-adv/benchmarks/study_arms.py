@@ -11,12 +11,12 @@ from typing import Any
 
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
 PARTS = (
-    "speed", "standard", "rate", "lambda", "beta", "joint", "inputs", "main", "lower", "epsilons", "everything", "long",
-    "edges",
+    "speed", "standard", "rate", "lambda", "beta", "joint", "inputs", "main", "customary", "careful", "epsilons",
+    "everything", "long", "edges",
 )  # fmt: skip
-SEEDED = ("standard", "main", "lower")  # trained with each seed, all else with the first
+SEEDED = ("standard", "main", "customary", "careful")  # trained with each seed, all else with the first
 # What each part needs: rates are chosen first, then lambda and beta, then lambda at that beta; the rest has them all.
-LAST = ("main", "lower", "epsilons", "everything", "long")
+LAST = ("main", "customary", "careful", "epsilons", "everything", "long")
 STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, "inputs": 3, **dict.fromkeys(LAST, 4)}
 RATES = (0.05, 0.1, 0.2)
 BETA = 6.0  # TRADES' customary one
@@ -104,11 +104,12 @@ class Choice:
         return "" if self.inputs == "natural" else f"-{self.inputs}"
 
 
-def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
-    """The arms of every part; `at` is for MART too."""
+def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dict[str, list[Arm]]:
+    """The arms of every part; `at` is for MART too, `customary` is TRADES at its customary beta, `careful` AT."""
     scales = {"cosine": (3.0, 10.0, 30.0, 100.0), "softmax-cosine": (0.1, 0.3)}
     natural = {"at": replace(at, inputs="natural"), "trades": replace(trades, inputs="natural")}
-    customary = {"at": natural["at"], "trades": replace(natural["trades"], beta=BETA)}
+    first = {"at": natural["at"], "trades": replace(natural["trades"], beta=BETA)}
+    beside = [(BETA, "both", 100.0), (BETA, "both", 300.0), (BETA, "adversarial", 100.0), (2.0, "adversarial", 100.0)]
     at_, trades_ = (replace(each, rate=LONG_RATE) for each in (at, trades))  # of the long runs
     aa = ("autoattack",)
     rare = {"validation.every": 2}
@@ -121,12 +122,12 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
         "standard": [standard(tuning=False)],
         "rate": [
             _alone(host, replace(own, rate=rate))
-            for host, own in customary.items()
+            for host, own in first.items()
             for rate in RATES
         ],
         "lambda": [
             _with_train(host, replace(own, kernel=name, weight=weight))
-            for host, own in customary.items()
+            for host, own in first.items()
             for name, weights in scales.items()
             for weight in weights
         ],
@@ -141,6 +142,11 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             for host, own in (("trades", trades), ("at", at))
             for inputs, weights in (("both", (30.0, 100.0, 300.0)), ("adversarial", (100.0, 300.0, 1000.0)))
             for weight in weights
+        ]
+        + [
+            _with_train("trades", replace(trades, beta=beta, kernel="cosine", weight=weight, inputs=inputs))
+            for beta, inputs, weight in beside
+            if beta != (trades.beta or BETA)
         ],
         "main": [
             Arm("at", {"host": "at", **at.alone}, final=aa),
@@ -151,9 +157,15 @@ def parts(at: Choice, trades: Choice) -> dict[str, list[Arm]]:
             Arm("mart", {"host": "mart", **at.alone}, final=aa),
             Arm(f"mart+train{at.suffix}", {"host": "mart", **at.train}, final=aa),
         ],
-        "lower": [
-            Arm(f"at+train{at.suffix}-{weight:g}", {"host": "at", **replace(at, weight=weight).train}, final=aa)
-            for weight in [each for each in scales[at.kernel] if each < at.weight][-1:]
+        "customary": [
+            Arm(f"trades-{BETA:g}", {"host": "trades", **customary.alone}, final=aa),
+            Arm(f"trades-{BETA:g}+train{customary.suffix}", {"host": "trades", **customary.train}, final=aa),
+        ]
+        if customary.beta != (trades.beta or BETA)
+        else [],
+        "careful": [
+            Arm(f"at+train{careful.suffix}-{careful.weight:g}", {"host": "at", **careful.train}, final=aa)
+            for _ in range(careful != at)
         ],
         "epsilons": [
             Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,

@@ -20,13 +20,19 @@ START = Choice(0.1, "cosine", 30.0)  # until the sweeps have been run
 TOLERANCE = 0.003  # robust accuracy that TRAIN may cost in the choice, as in the study's aim
 
 
-def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
+def choose(
+    results: Sequence[dict[str, Any]], host: str, beta: float | None = None, tolerance: float = TOLERANCE
+) -> Choice:
     """A host's learning rate and beta, TRAIN's kernel and lambda, by fixed rules and held-out training images alone.
 
     The rate is that of the host alone, at its customary beta, with the largest sum of natural and APGD accuracy. Then
     beta, then kernel and lambda at that beta, by one rule for host and TRAIN: of the settings whose APGD accuracy is at
     most 0.3 points below that before, the one with the largest sum; where there is none, the one with the largest sum
     of all. A setting that diverged has no figures.
+
+    Args:
+        beta: of TRADES, instead of the one that is chosen.
+        tolerance: APGD accuracy that TRAIN may cost, instead of those 0.3 points.
     """
     swept = [each for each in results if each["arm"].startswith(f"tune-{host}-") and "last" in each["evaluation"]]
     alone = [each for each in swept if not each["config"]["topology.weight"]]
@@ -35,7 +41,8 @@ def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
         return START
     base = max(customary, key=_total)
     rate = base["config"]["optimizer.lr"]
-    own = _best([each for each in alone if each["config"]["optimizer.lr"] == rate], base)
+    at_rate = [each for each in alone if each["config"]["optimizer.lr"] == rate and beta in (None, _beta(each))]
+    own = _best(at_rate or [base], base)
     beta = _beta(own) if host == "trades" else None
     trained = [
         each
@@ -44,12 +51,12 @@ def choose(results: Sequence[dict[str, Any]], host: str) -> Choice:
     ]
     if not trained:
         return replace(START, rate=rate, beta=beta)
-    best = _best(trained, own)["config"]
+    best = _best(trained, own, tolerance)["config"]
     return Choice(rate, best["topology.kernel"], best["topology.weight"], beta, best.get("topology.inputs", "natural"))
 
 
-def _best(found: Sequence[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
-    floor = figure(before, "apgd") - TOLERANCE
+def _best(found: Sequence[dict[str, Any]], before: dict[str, Any], tolerance: float = TOLERANCE) -> dict[str, Any]:
+    floor = figure(before, "apgd") - tolerance
     return max([each for each in found if figure(each, "apgd") >= floor] or found, key=_total)
 
 
@@ -99,36 +106,45 @@ def publishable(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Natural against APGD accuracy of the sweeps' arms at the chosen rates: TRADES along beta, TRAIN along lambda."""
-    series: dict[str, list[tuple[float, float, float]]] = {}
+    """Natural against APGD accuracy of the sweeps' arms at the chosen rates, a panel a host, with TRADES in both."""
+    series: dict[tuple[str, float, str, str], list[tuple[float, float, float]]] = {}
     for each in results:
         host = each["arm"].removeprefix("tune-").split("-")[0]
         if not each["arm"].startswith("tune-") or host not in HOSTS or "last" not in each["evaluation"]:
             continue
-        config, name = each["config"], host.upper()
+        config = each["config"]
         if config["optimizer.lr"] != choose(results, host).rate:
             continue
-        setting = config["topology.weight"]
-        if setting:
-            beta = f" ({_beta(each):g})" if host == "trades" else ""
-            inputs = config.get("topology.inputs", "natural")
-            shown = "" if inputs == "natural" else f", {inputs} inputs"
-            name = f"{name}{beta} + TRAIN, {config['topology.kernel']}{shown}"
-        elif host == "trades":
-            name, setting = "TRADES, beta", _beta(each)
-        series.setdefault(name, []).append((setting, figure(each, "natural"), figure(each, "apgd")))
-    drawing, axes = pyplot().subplots(figsize=(8, 5.5))
-    for name, points in series.items():
-        settings, natural, robust = zip(*sorted(points), strict=True)
-        style = "--s" if "softmax" in name else "-D" if name == "TRADES, beta" else "-o"
-        axes.plot([100 * x for x in natural], [100 * y for y in robust], style, label=name)
-        for setting, x, y in zip(settings, natural, robust, strict=True):
-            text = f"{setting:g}" if setting else ""
-            axes.annotate(text, (100 * x, 100 * y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("natural accuracy (%)")
-    axes.set_ylabel("APGD-CE + T accuracy (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left")
+        weight = config["topology.weight"]
+        inputs = config.get("topology.inputs", "natural")
+        key = (host, _beta(each), config["topology.kernel"], inputs) if weight else (host, 0.0, "", "")
+        setting = weight or (_beta(each) if host == "trades" else 0.0)
+        series.setdefault(key, []).append((setting, figure(each, "natural"), figure(each, "apgd")))
+    betas = sorted({beta for host, beta, kernel, _ in series if host == "trades" and kernel})
+    drawing, panels = pyplot().subplots(1, 2, figsize=(12, 5.5), sharex=True, sharey=True)
+    for host, axes in zip(HOSTS, panels, strict=True):
+        for (own, beta, kernel, inputs), points in sorted(series.items()):
+            if own != host and (own, kernel) != ("trades", ""):
+                continue
+            name, line = own.upper(), "-"
+            color, marker = ("0.4", "D") if own == "trades" else ("C3", "*")
+            if kernel:
+                name = f"{name} ({beta:g})" if own == "trades" else name
+                name = f"{name} + TRAIN, {kernel}, {inputs} inputs"
+                color = {"natural": "C0", "adversarial": "C1", "both": "C2"}[inputs]
+                marker = "os^v"[betas.index(beta) % 4] if own == "trades" else "o"
+                line = ":" if "softmax" in kernel else "-"
+            settings, natural, robust = zip(*sorted(points), strict=True)
+            xs, ys = [100 * x for x in natural], [100 * y for y in robust]
+            axes.plot(xs, ys, color=color, marker=marker, linestyle=line, label=name)
+            for setting, x, y in zip(settings, xs, ys, strict=True):
+                text = f"{setting:g}" if setting else ""
+                axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=color)
+        axes.set_title({"at": "AT + TRAIN, by lambda", "trades": "TRADES (beta) + TRAIN, by lambda"}[host], fontsize=10)
+        axes.set_xlabel("natural accuracy (%)")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="lower left")
+    panels[0].set_ylabel("APGD-CE + T accuracy (%)")
     drawing.tight_layout()
     save(drawing, path)
 
@@ -181,7 +197,8 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"].get("last", {})
     for arm, seeds in by_arm.items():
         host, train, _ = arm.partition("+train")
-        others = [host, f"{host}-control", *(["trades"] if host == "at" else [])]  # whose frontier AT + TRAIN meets
+        others = [host, f"{host}-control"]
+        others += ["trades"] if host in ("at", f"trades-{BETA:g}") else []  # whose frontier these meet
         for other in others if train else ():
             lines += _differences(arm, seeds, other, by_arm.get(other, {}))
     for host in HOSTS:

@@ -28,7 +28,7 @@ def modules(monkeypatch):
 @pytest.fixture
 def start(modules):
     _, arms, report = modules
-    return arms.parts(report.START, report.START)
+    return arms.parts(*[report.START] * 4)
 
 
 def test_sweeps_see_no_test_image(modules):
@@ -91,9 +91,10 @@ def test_beta_is_tuned_for_trades_by_the_rule_that_tunes_lambda_for_train(module
     results.append(result("tune-trades-rate-0.2-beta-3-cosine-10", 0.80, 0.433, 10.0, rate=0.2, beta=3.0))
     assert report.choose(results, "trades") == report.Choice(0.2, "cosine", 10.0, 3.0)
     assert report.choose([results[0], results[3]], "trades") == report.Choice(0.2, "cosine", 30.0, 6.0)
-    names = {arm.name for arm in arms.parts(start, report.choose(results, "trades"))["joint"]}
+    chosen = report.choose(results, "trades")
+    names = {arm.name for arm in arms.parts(start, chosen, start, start)["joint"]}
     assert "tune-trades-rate-0.2-beta-3-cosine-10" in names
-    assert not arms.parts(start, report.choose(results[:1], "trades"))["joint"]  # lambda has them
+    assert not arms.parts(start, report.choose(results[:1], "trades"), start, start)["joint"]  # lambda has them
 
 
 def test_inputs_are_chosen_with_lambda_and_name_the_arms_that_have_them(modules):
@@ -103,11 +104,12 @@ def test_inputs_are_chosen_with_lambda_and_name_the_arms_that_have_them(modules)
         result("tune-at-rate-0.2-cosine-100", 0.79, 0.432, 100.0, rate=0.2),
         result("tune-at-rate-0.2-cosine-300-both", 0.80, 0.433, 300.0, rate=0.2),
     ]
-    before = {arm.name for part in arms.parts(report.choose(results[:2], "at"), report.START).values() for arm in part}
+    others = [report.START] * 3
+    before = {arm.name for part in arms.parts(report.choose(results[:2], "at"), *others).values() for arm in part}
     results[2]["config"]["topology.inputs"] = "both"
     at = report.choose(results, "at")
     assert at == report.Choice(0.2, "cosine", 300.0, None, "both")
-    found = arms.parts(at, report.START)
+    found = arms.parts(at, *others)
     names = {arm.name for part in found.values() for arm in part}
     assert {"at+train-both", "tune-at-rate-0.2-cosine-300-both"} <= names
     swept = {name for name in before if name.startswith(("tune", "edge", "speed"))}
@@ -116,11 +118,26 @@ def test_inputs_are_chosen_with_lambda_and_name_the_arms_that_have_them(modules)
     assert arm.settings["topology.inputs"] == "both"
 
 
-def test_the_lambda_below_the_chosen_one_is_reported_too(modules):
+def test_trades_at_its_customary_beta_and_a_careful_lambda_are_reported_beside_what_is_chosen(modules):
     _, arms, report = modules
-    for weight, names in ((100.0, ["at+train-30"]), (3.0, [])):
-        at = report.Choice(0.2, "cosine", weight)
-        assert [arm.name for arm in arms.parts(at, report.START)["lower"]] == names
+    results = [
+        result("tune-trades-rate-0.2", 0.74, 0.431, rate=0.2),
+        result("tune-trades-rate-0.2-cosine-30", 0.77, 0.429, 30.0, rate=0.2),
+        result("tune-trades-rate-0.2-beta-3", 0.79, 0.432, rate=0.2, beta=3.0),
+        result("tune-trades-rate-0.2-beta-3-cosine-10", 0.80, 0.433, 10.0, rate=0.2, beta=3.0),
+        result("tune-at-rate-0.2", 0.74, 0.434, rate=0.2),
+        result("tune-at-rate-0.2-cosine-100", 0.79, 0.432, 100.0, rate=0.2),
+        result("tune-at-rate-0.2-cosine-30", 0.76, 0.439, 30.0, rate=0.2),
+    ]
+    at, trades = report.choose(results, "at"), report.choose(results, "trades")
+    customary, careful = report.choose(results, "trades", beta=6.0), report.choose(results, "at", tolerance=0.0)
+    assert customary == report.Choice(0.2, "cosine", 30.0, 6.0) and careful == report.Choice(0.2, "cosine", 30.0)
+    found = arms.parts(at, trades, customary, careful)
+    assert [arm.name for arm in found["customary"]] == ["trades-6", "trades-6+train"]
+    assert [arm.settings["beta"] for arm in found["customary"]] == [6.0, 6.0]
+    assert [arm.name for arm in found["careful"]] == ["at+train-30"]
+    none = arms.parts(careful, customary, customary, careful)
+    assert not none["customary"] and not none["careful"]  # main has them
 
 
 def test_leases_fit_and_hold_every_arm_once(modules, start):

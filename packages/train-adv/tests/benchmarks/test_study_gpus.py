@@ -197,7 +197,7 @@ def test_figures_that_another_process_is_writing_are_not_read(modules, tmp_path)
 def test_shared_leases_fit_hold_every_arm_once_and_have_the_sweeps_first(modules):
     arms, _ = modules
     choice = arms.Choice(0.1, "cosine", 100.0)
-    parts = arms.parts(choice, choice)
+    parts = arms.parts(*[choice] * 4)
     jobs = [arms.Job(arm, 0, arms.Costs().of(arm), part) for part, found in parts.items() for arm in found]
     found = list(arms.shared_leases(jobs, 24 * 60, 4))
     done = [job.name for lanes, _ in found for lane in lanes for job in lane]
