@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CLASSES = tuple(str(digit) for digit in range(10))
 
 
-def trainer(method: str, steps: int, device: torch.device, **more: Any) -> Trainer:
+def trainer(method: str, steps: int, device: torch.device, engine: str, **more: Any) -> Trainer:
     """Two rounds of so many steps after a short start; `more` settings by key."""
     config = "digits-ours" if method == "pden" else "digits-baseline"
-    keys: dict[str, Any] = {"method": method, "rounds": 2, "round_steps": steps, "pretrain_steps": 20}
+    keys: dict[str, Any] = {"method": method, "rounds": 2, "round_steps": steps, "pretrain_steps": 20,
+                            "engine": engine}  # fmt: skip
     keys |= {"gate.mode": "record", "gate.judge_steps": 20} if method == "pden" else {}
     settings = load_config(TrainConfig, CONFIGS / f"{config}.toml", keys | more)
     generator = torch.Generator().manual_seed(0)
@@ -41,10 +43,10 @@ def trainer(method: str, steps: int, device: torch.device, **more: Any) -> Train
     return Trainer(settings, made, made, device=device)
 
 
-def work(method: str, steps: int, barrier: Any, found: Any) -> None:
+def work(method: str, steps: int, engine: str, barrier: Any, found: Any) -> None:
     """One process: milliseconds of a step of the second round, the gate and what ends a round left out."""
     device = resolve_device("auto")
-    one = trainer(method, steps, device)
+    one = trainer(method, steps, device, engine)
     while not (one.clock.stage == "round" and one.clock.round == 2):
         one.step()
     synchronize(device)
@@ -56,11 +58,11 @@ def work(method: str, steps: int, barrier: Any, found: Any) -> None:
     found.put(1000 * (time.perf_counter() - begun) / (steps - 1))
 
 
-def measure(method: str, side: int, steps: int) -> dict[str, Any]:
+def measure(method: str, engine: str, side: int, steps: int) -> dict[str, Any]:
     """So many processes at once, each of them new."""
     context = multiprocessing.get_context("spawn")
     barrier, found = context.Barrier(side), context.Queue()
-    processes = [context.Process(target=work, args=(method, steps, barrier, found)) for _ in range(side)]
+    processes = [context.Process(target=work, args=(method, steps, engine, barrier, found)) for _ in range(side)]
     for each in processes:
         each.start()
     for each in processes:
@@ -68,13 +70,13 @@ def measure(method: str, side: int, steps: int) -> dict[str, Any]:
     if any(each.exitcode for each in processes):
         raise SystemExit(f"{method}, {side} side by side: a process failed")
     mean = sum(found.get() for _ in processes) / side
-    return {"method": method, "side": side, "ms": mean, "ms_of_device": mean / side}
+    return {"method": method, "engine": engine, "side": side, "ms": mean, "ms_of_device": mean / side}
 
 
-def profile(method: str, folder: Path) -> None:
+def profile(method: str, engine: str, folder: Path) -> None:
     """A trace of steps of the second round, and its operations by time."""
     device = resolve_device("auto")
-    one = trainer(method, 200, device)
+    one = trainer(method, 200, device, engine)
     while not (one.clock.stage == "round" and one.clock.round == 2 and one.clock.step > 20):
         one.step()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -92,20 +94,21 @@ def profile(method: str, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="pden,augmix,randconv,me-ada,erm")
+    parser.add_argument("--engines", default="auto", help="some of auto, graphs, eager")
     parser.add_argument("--side", type=lambda text: [int(each) for each in text.split(",")], default=[1, 3])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     record, rows = evidence(), []
-    methods = arguments.methods.split(",")
+    methods, engines = arguments.methods.split(","), arguments.engines.split(",")
     for method in methods:
-        for side in arguments.side:
-            rows.append(measure(method, side, arguments.steps))
-            print(f"{method:10} {side} side by side: {rows[-1]['ms']:7.2f} ms a step, {rows[-1]['ms_of_device']:6.2f} "
-                  "of the device", flush=True)  # fmt: skip
+        for engine, side in product(engines, arguments.side):
+            rows.append(measure(method, engine, side, arguments.steps))
+            print(f"{method:10} {engine:6} {side} side by side: {rows[-1]['ms']:7.2f} ms a step, "
+                  f"{rows[-1]['ms_of_device']:6.2f} of the device", flush=True)  # fmt: skip
     if arguments.profile:
-        profile(methods[0], arguments.profile)
+        profile(methods[0], engines[0], arguments.profile)
     if arguments.json:
         write_json(arguments.json, {**record, "rows": rows})
 

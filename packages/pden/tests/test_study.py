@@ -311,7 +311,7 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
 
 def test_a_step_is_timed_in_a_second_round_that_has_as_many_as_were_asked_for():
     small = {"model.width": 0.1, "batch": 8, "pretrain_batch": 8}
-    one = load_study("step_time").trainer("erm", 2, torch.device("cpu"), **small)
+    one = load_study("step_time").trainer("erm", 2, torch.device("cpu"), "auto", **small)
     while not (one.clock.stage == "round" and one.clock.round == 2):
         one.step()
     assert (one.clock.step, one.clock.total) == (0, 22) and not one.done

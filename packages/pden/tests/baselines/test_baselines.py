@@ -120,7 +120,8 @@ def test_a_random_convolution_keeps_the_scale_of_the_image():
 def test_randaugment_without_magnitude_changes_no_geometry():
     model = build_model("digits", classes=3, size=16, width=0.1)
     images, labels = tiny_domain(6).batch(torch.arange(6))
-    assert torch.isfinite(RandAugment(magnitude=0.0).loss(model, images, labels, Stream(CPU, 0)))
+    method = RandAugment(magnitude=0.0)
+    assert torch.isfinite(method.loss(model, method.views(images, Stream(CPU, 0)), labels))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pden.evaluation.disguise import disguises
 from pden.models import build_model
 from pden.training.state import capture, restore
 from pden.training.trainer import Trainer
-from tiny_domains import finish, tiny_config, tiny_domain, weights
+from tiny_domains import finish, tiny_config, tiny_dense, tiny_domain, weights
 
 CUDA = torch.device("cuda")
 # PyTorch reads it at the first product of matrices of a process.
@@ -47,6 +47,39 @@ def test_baselines_run_on_the_device(method):
 @pytest.mark.gpu
 def test_sgd_meets_the_projection_heads_first_gradient_in_a_round():
     run = make_trainer(torch.bfloat16, optimizer__kind="sgd", optimizer__momentum=0.9)
+    assert finish(run)[-1] == "round" and torch.isfinite(weights(run)).all()
+
+
+def run_as(engine: str, **changes) -> Trainer:
+    run = make_trainer(engine=engine, rounds=3, optimizer__schedule="cosine", **changes)
+    finish(run)
+    assert run.steps.graphs == (engine == "graphs")
+    return run
+
+
+@pytest.mark.gpu
+def test_recorded_steps_are_the_plain_ones(deterministic):
+    """All weights that a run leaves, to rounding; no BatchNorm here, an earlier domain in two of three rounds."""
+    graphs, eager = run_as("graphs"), run_as("eager")
+    torch.testing.assert_close(weights(graphs), weights(eager), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["joint", "split", "source", "frozen"])
+def test_recorded_steps_keep_the_statistics_of_plain_ones(policy):
+    changes = {"model__name": "wrn-10-1", "model__batch_norm": policy, "generator__kinds": ("composite", "geometric")}
+    graphs, eager = (run_as(engine, **changes) for engine in ("graphs", "eager"))
+    for (name, one), other in zip(graphs.task.state_dict().items(), eager.task.state_dict().values(), strict=True):
+        if one.is_floating_point():  # Adam makes steps of one size of whatever gradient there is
+            assert (one - other).abs().max() <= 0.05 + 0.1 * other.abs().max(), name
+        else:
+            assert torch.equal(one, other), name  # batches counted
+
+
+@pytest.mark.gpu
+def test_recorded_steps_learn_dense_labels():
+    config = tiny_config(model__name="fcn-small")
+    run = Trainer(config, tiny_dense(), tiny_dense(6, seed=1), device=CUDA)
     assert finish(run)[-1] == "round" and torch.isfinite(weights(run)).all()
 
 

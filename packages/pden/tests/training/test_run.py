@@ -48,7 +48,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_what_was_kept_before_stays_g
 def test_a_loss_that_is_no_number_is_wrong_use():
     trainer = tiny_trainer()
     finish(trainer, 2)
-    trainer._note(cross_entropy=torch.tensor(torch.nan))
+    trainer._note({"cross_entropy": torch.tensor(torch.nan)})
     with pytest.raises(UsageError, match="cross_entropy is not finite"):
         trainer.take_metrics()
 

@@ -12,7 +12,7 @@ from pden.generators import Generator
 from pden.training.config import TrainConfig
 from pden.training.objectives import task_loss
 from pden.training.trainer import Trainer
-from pden.training.views import make_views
+from pden.training.views import draw_views, make_views
 from tiny_domains import finish, tiny_config, tiny_dense, tiny_domain, tiny_trainer, weights
 
 
@@ -75,19 +75,19 @@ def test_the_generators_step_comes_first_and_leaves_the_task_model_alone():
     trainer = tiny_trainer(gate__mode="off")
     finish(trainer, 6)
     seen = []
-    update_generator, update_task = trainer.expander.update, trainer.learner.update
+    update_generator, update_task = trainer.expander.apply, trainer.learner.apply
     state = {key: value.clone() for key, value in trainer.task.state_dict().items()}
 
-    def generator_first(loss, progress=0.0):
-        update_generator(loss, progress)
+    def generator_first(gradients, progress=0.0):
+        update_generator(gradients, progress)
         assert all(torch.equal(value, state[key]) for key, value in trainer.task.state_dict().items())
         seen.append("generator")
 
-    def task_second(loss, progress=0.0):
+    def task_second(gradients, progress=0.0):
         seen.append("task")
-        update_task(loss, progress)
+        update_task(gradients, progress)
 
-    trainer.expander.update, trainer.learner.update = generator_first, task_second
+    trainer.expander.apply, trainer.learner.apply = generator_first, task_second
     finish(trainer, 1)
     assert seen == ["generator", "task"]
 
@@ -121,13 +121,23 @@ def test_views_are_source_earlier_mixture_and_current():
             return torch.full_like(images, self.value)
 
     rng = torch.Generator().manual_seed(0)
-    source, earlier, mixed, current = make_views(images, Constant(0.25), Constant(0.75), rng)
+
+    def views(current, earlier, mix=True):
+        return make_views(images, draw_views(images, current, earlier, rng, mix=mix), current, earlier)
+
+    source, earlier, mixed, current = views(Constant(0.25), Constant(0.75))
     assert torch.equal(source, images) and earlier.unique() == 0.75 and current.unique() == 0.25
     share = (mixed - 0.75) / (images - 0.75)
     assert torch.allclose(share, share[:, :1, :1, :1].expand_as(share), atol=1e-3)
     assert (share.flatten(1)[:, 0] >= 0).all() and (share.flatten(1)[:, 0] <= 1).all()
-    assert len(make_views(images, Constant(0.25), None, rng)) == 2
-    assert len(make_views(images, Constant(0.25), Constant(0.75), rng, mix=False)) == 3
+    assert len(views(Constant(0.25), None)) == 2
+    assert len(views(Constant(0.25), Constant(0.75), mix=False)) == 3
+
+
+def test_graphs_want_a_gpu():
+    with pytest.raises(UsageError, match='engine "graphs" needs a CUDA device'):
+        tiny_trainer(engine="graphs")
+    assert not tiny_trainer(engine="auto").steps.graphs
 
 
 def test_the_task_loss_is_the_sum_over_views():

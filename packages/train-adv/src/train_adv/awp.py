@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from expkit.distributed import all_reduce_mean
 from expkit.errors import UsageError
-from train_adv.modes import kept_statistics
+from expkit.norms import kept_statistics
 
 
 class AWP:

@@ -1,4 +1,4 @@
-"""Module modes and BatchNorm statistics, changed for the length of a block and then put back."""
+"""Module modes, changed for the length of a block and then put back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from expkit.norms import kept_statistics
 
 NaturalStatistics = Literal["shared", "dual", "frozen"]
 
@@ -53,30 +54,6 @@ def attack_twin(model: nn.Module) -> nn.Module:
         for name, buffer in source._buffers.items():
             target._buffers[name] = buffer
     return twin.eval()
-
-
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """The running statistics (and counters) of every BatchNorm layer."""
-    return [
-        buffer
-        for module in model.modules()
-        if isinstance(module, _BatchNorm)
-        for buffer in module._buffers.values()
-        if buffer is not None
-    ]
-
-
-@contextmanager
-def kept_statistics(*models: nn.Module) -> Iterator[None]:
-    """Running statistics are afterwards what they were before, whatever forward passes in train mode did to them."""
-    buffers = [buffer for model in models for buffer in running_statistics(model)]
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.data.copy_(value)  # through .data: autograd saved the buffer and would take this for a fault
 
 
 @contextmanager

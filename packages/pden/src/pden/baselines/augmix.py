@@ -38,9 +38,11 @@ class AugMix(Erm):
         share = torch.rand(views, count, 1, 1, 1, generator=rng, device=images.device)  # Beta(1, 1)
         return share * images + (1 - share) * total
 
-    def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
-        views = torch.cat([images[None], self.mixed(images, 2, stream)])
-        logits = model(views.flatten(0, 1)).float().unflatten(0, (3, -1))
+    def views(self, images: Tensor, stream: Stream) -> Tensor:
+        return torch.cat([images[None], self.mixed(images, 2, stream)]).flatten(0, 1)
+
+    def loss(self, model: TaskModel, views: Tensor, labels: Tensor) -> Tensor:
+        logits = model(views).float().unflatten(0, (3, -1))
         return safety_loss(logits[0], labels) + self.weight * jensen_shannon(logits)
 
 

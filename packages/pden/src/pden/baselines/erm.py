@@ -1,4 +1,4 @@
-"""ERM: cross-entropy on the source, nothing else. The other baselines differ from it in one or two methods."""
+"""ERM: cross-entropy on the source, nothing else. The other baselines differ from it in one to three methods."""
 
 from __future__ import annotations
 
@@ -18,14 +18,26 @@ class Erm:
 
     growth: tuple[int, ...] = ()
 
-    def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
-        """What a step minimises.
+    def views(self, images: Tensor, stream: Stream) -> Tensor:
+        """What the model is shown of a batch; without gradients.
 
         Args:
             images: of the pool, in [0, 1], ``(batch, channels, height, width)``.
             stream: for all random choices.
+
+        Returns:
+            images of the same kind, of one view after the other, ``(views * batch, channels, height, width)``.
         """
-        return safety_loss(model(images), labels)
+        return images
+
+    def loss(self, model: TaskModel, views: Tensor, labels: Tensor) -> Tensor:
+        """What a step minimises; no random choice is left here, so that it can be recorded as a CUDA graph.
+
+        Args:
+            views: as :meth:`views` gives them.
+            labels: of one view, ``(batch,)``, or ``(batch, height, width)``.
+        """
+        return safety_loss(model(views), labels)
 
     def grow(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
         """uint8 images that join the pool with these labels; called before each of the steps in `growth`.

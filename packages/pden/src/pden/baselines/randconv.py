@@ -18,12 +18,12 @@ class RandConv(Erm):
 
     Args:
         kernels: sizes, one of which is drawn for each view of a batch.
-        views: with random convolutions of their own.
+        count: of views, with random convolutions of their own.
         weight: of the consistency across views (Jensen-Shannon).
     """
 
-    def __init__(self, kernels: tuple[int, ...] = (1, 3, 5, 7), views: int = 3, weight: float = 10.0) -> None:
-        self.kernels, self.views, self.weight = kernels, views, weight
+    def __init__(self, kernels: tuple[int, ...] = (1, 3, 5, 7), count: int = 3, weight: float = 10.0) -> None:
+        self.kernels, self.count, self.weight = kernels, count, weight
 
     def convolved(self, images: Tensor, stream: Stream) -> Tensor:
         """Images in [0, 1] after one random convolution, mixed with themselves by a uniform share."""
@@ -35,7 +35,9 @@ class RandConv(Erm):
         share = stream.host.random()
         return (share * centred + (1 - share) * textured + 1) / 2
 
-    def loss(self, model: TaskModel, images: Tensor, labels: Tensor, stream: Stream) -> Tensor:
-        views = torch.cat([self.convolved(images, stream) for _ in range(self.views)])
-        logits = model(views).float().unflatten(0, (self.views, -1))
+    def views(self, images: Tensor, stream: Stream) -> Tensor:
+        return torch.cat([self.convolved(images, stream) for _ in range(self.count)])
+
+    def loss(self, model: TaskModel, views: Tensor, labels: Tensor) -> Tensor:
+        logits = model(views).float().unflatten(0, (self.count, -1))
         return safety_loss(logits[0], labels) + self.weight * jensen_shannon(logits)

@@ -224,6 +224,8 @@ class TrainConfig:
         pretrain_steps, pretrain_batch: on the source, before the first round.
         round_steps, batch: of a round. Baselines train for as many steps. Batches are divided among processes.
         dtype: fp32, bf16 (autocast), or auto (bf16 where the device computes in it).
+        engine: "graphs" records forward and backward as CUDA graphs; "eager" launches every kernel; "auto" is graphs on
+            a GPU. A network of one's own that waits for the device within them needs eager.
         log_every: steps between two lines of metrics.
         checkpoint_every: steps between two checkpoints; each round's end has one too.
     """
@@ -238,6 +240,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "fp32"
+    engine: Literal["auto", "graphs", "eager"] = "auto"
     log_every: int = 50
     checkpoint_every: int = 1500
     data: DataConfig = field(default_factory=DataConfig)

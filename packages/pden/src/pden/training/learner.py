@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,16 +40,27 @@ class Learner:
             )
 
     def update(self, loss: Tensor, progress: float = 0.0) -> None:
-        """One step down the loss.
+        """One step down the loss: :meth:`gradients` and :meth:`apply`."""
+        self.apply(self.gradients(loss), progress)
 
-        Args:
-            progress: share of the schedule that is done, in [0, 1].
-        """
+    def gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """Of the loss, one for each of `parameters`; None where it has no part in it."""
+        found: list[Tensor | None] = []
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None and gradient.stride() != parameter.stride():
                 # Fused Adam on CPUs takes a gradient's memory for laid out as the weight's, which channels-last is not.
                 gradient = torch.empty_like(parameter).copy_(gradient)
+            found.append(gradient)
+        return found
+
+    def apply(self, gradients: Sequence[Tensor | None], progress: float = 0.0) -> None:
+        """One step with these gradients, which several processes average in place.
+
+        Args:
+            progress: share of the schedule that is done, in [0, 1].
+        """
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if self.world.size > 1:
             self._average()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,6 @@ from pden.losses import (
 )
 from pden.models import TaskModel, TaskOutput
 from pden.training.config import LossConfig
-from pden.training.stream import Stream
 
 
 class Expansion(nn.Module):
@@ -30,18 +31,22 @@ class Expansion(nn.Module):
 
 
 def generator_loss(
-    task: TaskModel, expansion: Expansion, images: Tensor, labels: Tensor, weights: LossConfig, stream: Stream
+    task: TaskModel,
+    expansion: Expansion,
+    images: Tensor,
+    labels: Tensor,
+    noises: Sequence[Tensor],
+    weights: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Safety - diversity + cycle + adversarial contrast, and each by itself.
 
     Args:
         task: in eval mode, so that nothing of it changes.
         images: of the source, in [0, 1].
+        noises: of two draws, each ``(batch, noise)``.
         weights: a loss of weight 0 is not computed.
-        stream: for the two draws of noise.
     """
-    generator = expansion.generator
-    draws = generator.draws(images, [draw_noise(images, generator.noise, stream.torch) for _ in range(2)])
+    draws = expansion.generator.draws(images, noises)
     parts = {"diversity": diversity(draws[0], draws[1])}
     total = -weights.diversity * parts["diversity"].clamp(max=weights.diversity_limit)
     if weights.safety or weights.adversarial:

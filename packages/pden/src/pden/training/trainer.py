@@ -15,19 +15,20 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from expkit.device import autocast, synchronize, tf32
+from expkit.device import synchronize, tf32
 from expkit.distributed import World, gather
 from expkit.errors import UsageError
 from pden.baselines import build_baseline
 from pden.data import Domain
 from pden.data.augment import crop_flip
 from pden.evaluation.accuracy import evaluate
-from pden.generators import Generator, default_width
+from pden.generators import Generator, default_width, draw_noise
 from pden.models import TaskModel, build_model
 from pden.training.averaging import new_average
 from pden.training.clock import Best, Clock
@@ -35,9 +36,10 @@ from pden.training.config import OptimizerConfig, TrainConfig
 from pden.training.gate import DomainReport
 from pden.training.gatekeeper import Gatekeeper
 from pden.training.learner import Learner
-from pden.training.objectives import Expansion, generator_loss, task_loss
+from pden.training.objectives import Expansion
+from pden.training.steps import Steps, uses_graphs
 from pden.training.stream import Stream
-from pden.training.views import forward_views, make_views
+from pden.training.views import draw_views
 
 Event = Literal["none", "pretrained", "judged", "refused", "round"]
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -81,6 +83,8 @@ class Trainer:
         self.baseline = build_baseline("erm" if config.method == "pden" else config.method)
         self.task = self._new_model("task")
         self.learner = Learner(self.task, config.optimizer, world)
+        graphs = uses_graphs(config.engine, device)
+        self.steps = Steps(config, self.task, self.learner, self.baseline, device, dtype, graphs)
         self.average = new_average(self.task, config.averaging)
         self.gatekeeper: Gatekeeper | None = None
         if self.expands and config.gate.mode != "off" and config.rounds > 0:
@@ -134,7 +138,7 @@ class Trainer:
         elif clock.stage == "judge":
             assert self.gatekeeper is not None
             images, labels = self._batch(config.batch, stream)
-            self._note(judge=self.gatekeeper.train_step(images, labels, stream, self.dtype))
+            self._note({"judge": self.gatekeeper.train_step(images, labels, stream, self.dtype)})
         elif self.expands:
             self._expanding_step(stream)
         else:
@@ -151,32 +155,30 @@ class Trainer:
         if self.clock.total in self.baseline.growth:
             self._grow()
         images, labels = self._batch(size, stream)
+        with torch.no_grad():
+            views = self.baseline.views(images, stream)
         self.task.train()
-        with autocast(self.device, self.dtype):
-            loss = self.baseline.loss(self.task, images, labels, stream)
-        self._update_task(loss, progress, loss=loss)
+        self._update_task(*self.steps.plain(views, labels), progress)
 
     def _expanding_step(self, stream: Stream) -> None:
         config = self.config
         assert self.expansion is not None and self.expander is not None
+        generator = self.expansion.generator
         images, labels = self._batch(config.batch, stream)
         if self.clock.step < config.learning_steps:
             self.task.eval()
-            with autocast(self.device, self.dtype):
-                total, parts = generator_loss(self.task, self.expansion, images, labels, config.loss, stream)
-            self.expander.update(total)
-            self._note(**parts)
+            noises = [draw_noise(images, generator.noise, stream.torch) for _ in range(2)]
+            gradients, parts = self.steps.expand(self.expansion, self.expander, images, labels, noises)
+            self.expander.apply(gradients)
+            self._note(parts)
         self.task.train()
         earlier = stream.host.choice(self.pool) if self.pool else None
-        with autocast(self.device, self.dtype):
-            views = make_views(images, self.expansion.generator, earlier, stream.torch, mix=config.loss.mix)
-            output = forward_views(self.task, views, config.model.batch_norm)
-        total, parts = task_loss(output, labels, config.loss)  # fp32, similarities too
-        self._update_task(total, self._progress(), **parts)
+        draws = draw_views(images, generator, earlier, stream.torch, mix=config.loss.mix)
+        self._update_task(*self.steps.tune(generator, earlier, images, labels, draws), self._progress())
 
-    def _update_task(self, total: Tensor, progress: float, **parts: Tensor) -> None:
-        self.learner.update(total, progress)
-        self._note(**parts)
+    def _update_task(self, gradients: Sequence[Tensor | None], parts: dict[str, Tensor], progress: float) -> None:
+        self.learner.apply(gradients, progress)
+        self._note(parts)
         if self.average is not None and self.clock.stage == "round":
             if self.clock.round >= self.config.averaging.from_round:
                 self.average.update_parameters(self.task)
@@ -292,6 +294,7 @@ class Trainer:
         width = settings.width or default_width(self.size)
         expansion = Expansion(self.kind, self.source.images.shape[1], width, settings.noise)
         self.expansion = expansion.to(self.device)
+        self.steps.forget()
         self.expander = Learner(self.expansion, OptimizerConfig(lr=settings.lr), self.world)
 
     def _new_model(self, purpose: str) -> TaskModel:
@@ -318,7 +321,7 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
 
-    def _note(self, **values: Tensor) -> None:
+    def _note(self, values: dict[str, Tensor]) -> None:
         """Add a step's losses up, as one tensor for each set of names."""
         names, row = tuple(values), torch.stack([value.detach().float() for value in values.values()])
         total, count = self._sums.get(names, (None, 0))

@@ -9,30 +9,46 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pden.generators import Generator
+from pden.generators import Generator, draw_noise
 from pden.models import TaskModel, TaskOutput
+
+
+def draw_views(
+    images: Tensor, current: Generator, earlier: Generator | None, rng: torch.Generator, *, mix: bool = True
+) -> list[Tensor]:
+    """What is random in the views of a batch: noise of the earlier domain, the mixture's shares, noise of the current.
+
+    Args:
+        images: ``(batch, channels, height, width)``.
+        earlier: None while there is no earlier domain; its noise and the shares are left out then.
+        mix: whether there is a mixture; without it there are no shares.
+    """
+    draws = []
+    if earlier is not None:
+        draws.append(draw_noise(images, earlier.noise, rng))
+        if mix:
+            draws.append(torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device))
+    return [*draws, draw_noise(images, current.noise, rng)]
 
 
 @torch.no_grad()
 def make_views(
-    images: Tensor, current: Generator, earlier: Generator | None, rng: torch.Generator, *, mix: bool = True
+    images: Tensor, draws: Sequence[Tensor], current: Generator, earlier: Generator | None = None
 ) -> list[Tensor]:
     """The source x, an earlier domain x2, their mixture x3 and the current domain xg; no gradient reaches a generator.
 
     Args:
         images: in [0, 1], ``(batch, channels, height, width)``.
-        earlier: None while there is no earlier domain; x2 and x3 are left out then.
-        rng: for noise and mixing.
-        mix: whether x3 = u x + (1 - u) x2, with u uniform for each image, is among them.
+        draws: as :func:`draw_views` gives them for these generators.
+        earlier: None while there is no earlier domain; x2 and x3 = u x + (1 - u) x2 are left out then.
     """
     views = [images]
     if earlier is not None:
-        other = earlier(images, generator=rng)
+        noise, *shares = draws[:-1]
+        other = earlier(images, noise)
         views.append(other)
-        if mix:
-            share = torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device)
-            views.append(share * images + (1 - share) * other)
-    views.append(current(images, generator=rng))
+        views += [share * images + (1 - share) * other for share in shares]
+    views.append(current(images, draws[-1]))
     return views
 
 

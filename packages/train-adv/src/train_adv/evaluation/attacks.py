@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from expkit.device import autocast, tf32
 from expkit.errors import UsageError
+from expkit.graphs import Captured
 from train_adv.attacks.apgd import APGD, Result
 from train_adv.attacks.gradient import logits_of, right
 from train_adv.attacks.losses import cross_entropy, cw_margin, targeted_dlr
 from train_adv.attacks.norms import make_norm
 from train_adv.attacks.pgd import PGD, fgsm
 from train_adv.data.dataset import stream_seed
-from train_adv.graphs import Captured
 from train_adv.modes import attack_twin
 
 NAMES = ("natural", "fgsm", "pgd20", "pgd100", "cw", "apgd-ce", "apgd-t", "apgd", "autoattack")

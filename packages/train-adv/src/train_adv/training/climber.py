@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from expkit.device import autocast
-from train_adv.graphs import Captured
+from expkit.graphs import Captured
 from train_adv.hosts.host import Host
 from train_adv.modes import attack_twin
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from expkit.distributed import World, all_reduce_mean, gather
-from train_adv.modes import running_statistics
+from expkit.norms import running_statistics
 
 T = TypeVar("T")
 

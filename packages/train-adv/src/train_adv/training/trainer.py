@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from expkit.device import autocast
 from expkit.distributed import World
 from expkit.errors import UsageError
+from expkit.graphs import Beside, Captured
+from expkit.norms import kept_statistics
 from expkit.seed import capture_rng, restore_rng
 from train_adv.averaging import WeightAverage
 from train_adv.awp import AWP
 from train_adv.data.batches import Batches, to_float
 from train_adv.data.dataset import stream_seed
-from train_adv.graphs import Beside, Captured
 from train_adv.hosts.host import Host
 from train_adv.models.classifier import Classifier, Output
-from train_adv.modes import eval_mode, kept_statistics, natural_statistics
+from train_adv.modes import eval_mode, natural_statistics
 from train_adv.topology.calibrate import gradient_norm, weight_for_ratio
 from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import Climber, Engine

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train_adv.modes import kept_statistics
+from expkit.norms import kept_statistics
 
 
 class Captured:

@@ -1,0 +1,130 @@
+"""The gradients of a step as functions of tensors that draw nothing and wait for nothing: CUDA graphs on a GPU.
+
+The networks are small: launching their kernels one by one takes a GPU's host several times as long as the GPU needs for
+them. What is random, the optimisers and what processes tell each other stay outside.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from expkit.device import autocast, synchronize
+from expkit.errors import UsageError
+from expkit.graphs import Captured
+from pden.baselines.erm import Erm
+from pden.generators import Generator
+from pden.models import TaskModel
+from pden.training.config import TrainConfig
+from pden.training.learner import Learner
+from pden.training.objectives import Expansion, generator_loss, task_loss
+from pden.training.views import forward_views, make_views
+
+Engine = Literal["auto", "graphs", "eager"]
+Found = tuple[list[Tensor | None], dict[str, Tensor]]  # gradients of the learner's parameters, and the losses by name
+
+
+def uses_graphs(engine: Engine, device: torch.device) -> bool:
+    """Whether steps are recorded; "auto" records them on a GPU.
+
+    Raises:
+        UsageError: "graphs" without a GPU.
+    """
+    if engine == "graphs" and device.type != "cuda":
+        raise UsageError(f'engine "graphs" needs a CUDA device, not {device}; use auto or eager')
+    return engine != "eager" and device.type == "cuda"
+
+
+class Steps:
+    """The losses of one run, differentiated.
+
+    What a call returns is valid until the next call of the same method. The modes of the modules (train or eval) must
+    be the same at every call of one method.
+
+    Args:
+        learner: of the task model.
+        graphs: whether they are recorded.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        task: TaskModel,
+        learner: Learner,
+        baseline: Erm,
+        device: torch.device,
+        dtype: torch.dtype,
+        graphs: bool,
+    ) -> None:
+        self.config, self.task, self.learner, self.baseline = config, task, learner, baseline
+        self.device, self.dtype, self.graphs = device, dtype, graphs
+        self._captured: dict[object, Captured] = {}
+        self._seats: dict[type[Generator], Generator] = {}
+
+    def plain(self, views: Tensor, labels: Tensor) -> Found:
+        """The baseline's loss, of the views that it made."""
+
+        def differentiate(views: Tensor, labels: Tensor) -> Found:
+            with autocast(self.device, self.dtype):
+                loss = self.baseline.loss(self.task, views, labels)
+            return self.learner.gradients(loss), {"loss": loss.detach()}
+
+        return self._call("plain", differentiate, views, labels)
+
+    def expand(
+        self, expansion: Expansion, expander: Learner, images: Tensor, labels: Tensor, noises: Sequence[Tensor]
+    ) -> Found:
+        """What the generator minimises; the task model in eval mode."""
+
+        def differentiate(images: Tensor, labels: Tensor, *noises: Tensor) -> Found:
+            with autocast(self.device, self.dtype):
+                total, parts = generator_loss(self.task, expansion, images, labels, noises, self.config.loss)
+            return expander.gradients(total), _detached(parts)
+
+        return self._call("expand", differentiate, images, labels, *noises)
+
+    def tune(
+        self, current: Generator, earlier: Generator | None, images: Tensor, labels: Tensor, draws: Sequence[Tensor]
+    ) -> Found:
+        """What the task model minimises over the views that `make_views` makes of these."""
+        seat = None if earlier is None else self._seat(earlier)
+
+        def differentiate(images: Tensor, labels: Tensor, *draws: Tensor) -> Found:
+            with autocast(self.device, self.dtype):
+                views = make_views(images, draws, current, seat)
+                output = forward_views(self.task, views, self.config.model.batch_norm)
+            total, parts = task_loss(output, labels, self.config.loss)  # fp32, similarities too
+            return self.learner.gradients(total), _detached(parts)
+
+        return self._call(("tune", type(seat)), differentiate, images, labels, *draws)
+
+    def forget(self) -> None:
+        """Drop the recordings: to be called when there is another expansion."""
+        if self._captured:
+            synchronize(self.device)  # they may be running
+            self._captured.clear()
+            torch.cuda.empty_cache()  # a recording's memory serves no other
+
+    def _call(self, key: object, function: Callable[..., Found], *inputs: Tensor) -> Found:
+        if not self.graphs:
+            return function(*inputs)
+        found: Found = self._captured.setdefault(key, Captured(function, True, [self.task]))(*inputs)
+        return found
+
+    def _seat(self, earlier: Generator) -> Generator:
+        """An earlier generator in the module that recordings read: each step has another one."""
+        if not self.graphs:
+            return earlier
+        if type(earlier) not in self._seats:
+            self._seats[type(earlier)] = copy.deepcopy(earlier)
+        seat = self._seats[type(earlier)]
+        torch._foreach_copy_(list(seat.parameters()), list(earlier.parameters()))
+        return seat
+
+
+def _detached(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in parts.items()}
