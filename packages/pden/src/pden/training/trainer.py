@@ -132,7 +132,7 @@ class Trainer:
         config, clock = self.config, self.clock
         place = (config.seed, clock.stage, clock.round, clock.attempt, clock.step, self.world.rank)
         stream = Stream(self.device, *place)
-        torch.manual_seed(stream.seed)  # for layers that draw by themselves, as dropout does
+        stream.seed_layers()
         if clock.stage == "pretrain":
             self._plain_step(config.pretrain_batch, stream, clock.step / config.pretrain_steps)
         elif clock.stage == "judge":
