@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+CONFIGS = BENCHMARKS.parent / "configs"
 
 
 @pytest.fixture
@@ -302,3 +304,17 @@ def test_a_part_that_is_none_is_said(modules, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         study.parse()
     assert "lamda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "arm"), [("at-train", "at+train"), ("trades-train", "trades+train-adversarial")])
+def test_the_configs_that_are_recommended_are_those_that_were_measured(name, arm):
+    from expkit.config import flatten, load_config
+    from train_adv.training.config import TrainConfig
+
+    own = flatten(json.loads(json.dumps(asdict(load_config(TrainConfig, CONFIGS / f"cifar10-{name}.toml").resolved()))))
+    published = json.loads((BENCHMARKS.parent / "results" / "study.json").read_text())["arms"]
+    measured = next(each["config"] for each in published if each["arm"] == arm)
+    # Where it ran, what it was called, and what it measured besides; graphs are the default on a GPU.
+    free = {"name", "data.dir", "engine", "topology.path", "topology.metrics", "validation.test"}
+    # A key that came after the run had the value of its default.
+    assert {key for key in own if key in measured and own[key] != measured[key]} <= free
