@@ -16,7 +16,7 @@ def test_without_graphs_a_call_is_a_plain_one() -> None:
     run = Captured(lambda *given: calls.append(given) or given, enabled=False)
     first, second = torch.ones(2), torch.zeros(3)
     assert run(first, second) == (first, second) and len(calls) == 1
-    beside = Beside(enabled=False)
+    beside = Beside(None)
     assert beside(lambda x, y: x + y, 1, 2) == 3
     beside.join()
 
@@ -50,3 +50,37 @@ def test_trial_runs_leave_statistics_and_random_numbers_alone() -> None:
         run = Captured(lambda x, layer=layer, noisy=noisy: noisy(layer(x)), enabled, [layer])
         found.append([run(points).clone(), layer.running_mean, layer.num_batches_tracked, torch.rand(4, device=CUDA)])
     assert all(torch.equal(plain, graph) for plain, graph in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+def test_recordings_share_no_workspace_and_leave_none_behind() -> None:
+    x, weight = torch.randn(64, 512, device=CUDA), torch.randn(512, 512, device=CUDA)
+
+    def held() -> int:
+        run = Captured(lambda x: torch.autograd.grad((x @ weight).square().sum(), weight), enabled=True)
+        found = run(x)[0].clone()
+        torch.testing.assert_close(found, 2 * x.T @ (x @ weight), rtol=1e-2, atol=1.0)
+        del run
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    weight.requires_grad_()
+    held()
+    first = held()
+    assert all(held() <= first for _ in range(6))
+
+
+@pytest.mark.gpu
+def test_a_graph_is_on_the_device_of_its_inputs() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    run = Captured(lambda x: 2 * x, enabled=True)
+    beside = Beside(torch.device("cuda", 1))
+    with torch.cuda.device(0):
+        for _ in range(3):
+            x = torch.randn(5, device="cuda:1")
+            assert torch.equal(run(x), 2 * x)
+            found = beside(lambda x: 3 * x, x)
+            beside.join()
+            assert torch.equal(found, 3 * x)

@@ -2,9 +2,10 @@
 
     python packages/pden/benchmarks/step_time.py --side 1,3,5 --json out.json
 
-The digits net, batch 128, images made at random (their values cost no time). Each process warms up in one round and is
-timed in the next, all at once; what counts for a study is the time a step takes of the device: that of a process
-divided by how many ran beside one another. `--profile FOLDER` keeps a trace of 30 steps of the first method besides.
+The digits net, batch 128, images made at random (their values cost no time). Each process warms up in one round and in
+ten steps of the next, whose others are timed, all processes at once: those of the half in which a generator learns and
+those of the other half. What counts for a study is the time a step takes of the device: that of a process divided by
+how many ran beside one another. `--profile FOLDER` keeps a trace of 30 steps of the first method besides.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pden.training.config import TrainConfig
 from pden.training.trainer import Trainer
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+WARM = 10  # steps of a half, in which it is recorded
 CLASSES = tuple(str(digit) for digit in range(10))
 
 
@@ -44,18 +46,21 @@ def trainer(method: str, steps: int, device: torch.device, engine: str, **more: 
 
 
 def work(method: str, steps: int, engine: str, barrier: Any, found: Any) -> None:
-    """One process: milliseconds of a step of the second round, the gate and what ends a round left out."""
+    """One process: milliseconds of a step in either half of the second round, recordings and the gate left out."""
     device = resolve_device("auto")
     one = trainer(method, steps, device, engine)
-    while not (one.clock.stage == "round" and one.clock.round == 2):
-        one.step()
-    synchronize(device)
-    barrier.wait()
-    begun = time.perf_counter()
-    for _ in range(steps - 1):
-        one.step()
-    synchronize(device)
-    found.put(1000 * (time.perf_counter() - begun) / (steps - 1))
+    halves = []
+    for begin, end in ((WARM, one.config.learning_steps - 1), (one.config.learning_steps + WARM, steps - 1)):
+        while not (one.clock.stage == "round" and one.clock.round == 2 and one.clock.step >= begin):
+            one.step()
+        synchronize(device)
+        barrier.wait()
+        begun = time.perf_counter()
+        for _ in range(end - begin):
+            one.step()
+        synchronize(device)
+        halves.append(1000 * (time.perf_counter() - begun) / (end - begin))
+    found.put(halves)
 
 
 def measure(method: str, engine: str, side: int, steps: int) -> dict[str, Any]:
@@ -69,8 +74,11 @@ def measure(method: str, engine: str, side: int, steps: int) -> dict[str, Any]:
         each.join()
     if any(each.exitcode for each in processes):
         raise SystemExit(f"{method}, {side} side by side: a process failed")
-    mean = sum(found.get() for _ in processes) / side
-    return {"method": method, "engine": engine, "side": side, "ms": mean, "ms_of_device": mean / side}
+    halves = [sum(each) / side for each in zip(*(found.get() for _ in processes), strict=True)]
+    mean = sum(halves) / 2
+    return {"method": method, "engine": engine, "side": side, "ms": mean, "ms_of_halves": halves} | {
+        "ms_of_device": mean / side
+    }
 
 
 def profile(method: str, engine: str, folder: Path) -> None:
@@ -100,13 +108,16 @@ def main() -> None:
     parser.add_argument("--profile", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.steps < 4 * WARM:
+        parser.error(f"--steps {arguments.steps}: at least {4 * WARM} are needed")
     record, rows = evidence(), []
     methods, engines = arguments.methods.split(","), arguments.engines.split(",")
     for method in methods:
         for engine, side in product(engines, arguments.side):
             rows.append(measure(method, engine, side, arguments.steps))
-            print(f"{method:10} {engine:6} {side} side by side: {rows[-1]['ms']:7.2f} ms a step, "
-                  f"{rows[-1]['ms_of_device']:6.2f} of the device", flush=True)  # fmt: skip
+            first, second = rows[-1]["ms_of_halves"]
+            print(f"{method:10} {engine:6} {side} side by side: {rows[-1]['ms']:7.2f} ms a step ({first:.2f}, "
+                  f"{second:.2f}), {rows[-1]['ms_of_device']:6.2f} of the device", flush=True)  # fmt: skip
     if arguments.profile:
         profile(methods[0], engines[0], arguments.profile)
     if arguments.json:

@@ -84,7 +84,7 @@ def aimed_at(digits: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> 
         if each["seed"] == SEEDS[0]:  # alone on its GPU
             card = ", ".join(each["hardware"]["gpu"] or ["CPU"])
             aim(f"20 rounds alone on one {card} (minutes)", each["seconds"] / 60, 8, False)
-            aim("their memory (GB)", each["peak_memory_bytes"] / 1e9, 2, False)
+            aim("their memory (GB)", each["reserved_memory_bytes"] / 1e9, 2, False)
             aim("their gate's share of the time (%)", 100 * each["gate_share"], 3, False)
     for each in found["cifar"]:
         if each["method"] == "pden":
@@ -153,5 +153,5 @@ def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, 
 def trimmed(result: dict[str, Any]) -> dict[str, Any]:
     """What a figure needs beside it, and the curve over rounds."""
     keys = ("name", "method", "command", "seed", "versions", "hardware", "git", "started", "domains", "selections")
-    more = ("history", "reports", "notes", "steps", "seconds", "gate_share", "peak_memory_bytes", "config")
+    more = ("history", "reports", "notes", "steps", "seconds", "gate_share", "reserved_memory_bytes", "config")
     return {key: result[key] for key in (*keys, *more)}

@@ -294,7 +294,11 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
         share = {"erm": 0.55, "pden-paper": 0.82, "pden-ours": 0.83}[job.label]
         figures = {"validation": 0.9, "average": share, "targets": {"usps": share, "mnist-m": share}, "round": 20}
         found = {"name": job.name, "method": "pden", "seed": job.seed, "hardware": {"gpu": ["H100"]}, "seconds": 540.0}
-        found |= {"peak_memory_bytes": 1.5e9, "gate_share": 0.02, "selections": {"last": figures, "averaged": figures}}
+        found |= {
+            "reserved_memory_bytes": 1.5e9,
+            "gate_share": 0.02,
+            "selections": {"last": figures, "averaged": figures},
+        }
         rest = ("command", "versions", "git", "started", "domains", "history", "reports", "notes", "steps", "config")
         file = out / job.part / job.name / "result.json"
         file.parent.mkdir(parents=True)

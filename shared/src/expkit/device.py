@@ -167,6 +167,12 @@ def peak_memory(device: torch.device) -> int:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
 
 
+def reserved_memory(device: torch.device) -> int:
+    """Most bytes that a CUDA device gave to this process, those that CUDA graphs keep for themselves among them; on a
+    CPU `peak_memory`."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory(device)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start measuring the peak anew. On a CPU only Linux can; elsewhere the peak stays the process's own."""
     if device.type == "cuda":

@@ -12,7 +12,7 @@ import torch
 from expkit.checkpoint import CheckpointStore, write_json
 from expkit.cli import console, progress
 from expkit.config import to_toml
-from expkit.device import peak_memory, reset_peak_memory, resolve_device, resolve_dtype
+from expkit.device import peak_memory, reserved_memory, reset_peak_memory, resolve_device, resolve_dtype
 from expkit.distributed import World, barrier
 from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
@@ -218,6 +218,7 @@ class _Job:
             "steps_per_second": clock.total / max(clock.seconds, 1e-9),
             "gate_share": clock.gate_seconds / max(clock.seconds, 1e-9),
             "peak_memory_bytes": peak_memory(trainer.device),
+            "reserved_memory_bytes": reserved_memory(trainer.device),
             "processes": trainer.world.size,
             "config": to_toml(config),
         }

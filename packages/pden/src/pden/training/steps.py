@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -42,8 +43,8 @@ def uses_graphs(engine: Engine, device: torch.device) -> bool:
 class Steps:
     """The losses of one run, differentiated.
 
-    What a call returns is valid until the next call of the same method. The modes of the modules (train or eval) must
-    be the same at every call of one method.
+    What a call returns is valid until the next call of the same method. In which mode (train or eval) it leaves the
+    task model is not said.
 
     Args:
         learner: of the task model.
@@ -61,17 +62,22 @@ class Steps:
         graphs: bool,
     ) -> None:
         self.config, self.task, self.learner, self.baseline = config, task, learner, baseline
-        self.device, self.dtype, self.graphs = device, dtype, graphs
+        self.device, self.graphs = device, graphs
+        self._precision = partial(autocast, device, dtype)
+        # What is recorded holds no Steps: a cycle would leave graphs to the collector.
         self._captured: dict[object, Captured] = {}
         self._seats: dict[type[Generator], Generator] = {}
 
     def plain(self, views: Tensor, labels: Tensor) -> Found:
         """The baseline's loss, of the views that it made."""
 
+        task, learner, baseline, precision = self.task, self.learner, self.baseline, self._precision
+
         def differentiate(views: Tensor, labels: Tensor) -> Found:
-            with autocast(self.device, self.dtype):
-                loss = self.baseline.loss(self.task, views, labels)
-            return self.learner.gradients(loss), {"loss": loss.detach()}
+            task.train()
+            with precision():
+                loss = baseline.loss(task, views, labels)
+            return learner.gradients(loss), {"loss": loss.detach()}
 
         return self._call("plain", differentiate, views, labels)
 
@@ -79,10 +85,12 @@ class Steps:
         self, expansion: Expansion, expander: Learner, images: Tensor, labels: Tensor, noises: Sequence[Tensor]
     ) -> Found:
         """What the generator minimises; the task model in eval mode."""
+        task, weights, precision = self.task, self.config.loss, self._precision
 
         def differentiate(images: Tensor, labels: Tensor, *noises: Tensor) -> Found:
-            with autocast(self.device, self.dtype):
-                total, parts = generator_loss(self.task, expansion, images, labels, noises, self.config.loss)
+            task.eval()
+            with precision():
+                total, parts = generator_loss(task, expansion, images, labels, noises, weights)
             return expander.gradients(total), _detached(parts)
 
         return self._call("expand", differentiate, images, labels, *noises)
@@ -91,14 +99,16 @@ class Steps:
         self, current: Generator, earlier: Generator | None, images: Tensor, labels: Tensor, draws: Sequence[Tensor]
     ) -> Found:
         """What the task model minimises over the views that `make_views` makes of these."""
+        task, learner, config, precision = self.task, self.learner, self.config, self._precision
         seat = None if earlier is None else self._seat(earlier)
 
         def differentiate(images: Tensor, labels: Tensor, *draws: Tensor) -> Found:
-            with autocast(self.device, self.dtype):
+            task.train()
+            with precision():
                 views = make_views(images, draws, current, seat)
-                output = forward_views(self.task, views, self.config.model.batch_norm)
-            total, parts = task_loss(output, labels, self.config.loss)  # fp32, similarities too
-            return self.learner.gradients(total), _detached(parts)
+                output = forward_views(task, views, config.model.batch_norm)
+            total, parts = task_loss(output, labels, config.loss)  # fp32, similarities too
+            return learner.gradients(total), _detached(parts)
 
         return self._call(("tune", type(seat)), differentiate, images, labels, *draws)
 

@@ -157,7 +157,6 @@ class Trainer:
         images, labels = self._batch(size, stream)
         with torch.no_grad():
             views = self.baseline.views(images, stream)
-        self.task.train()
         self._update_task(*self.steps.plain(views, labels), progress)
 
     def _expanding_step(self, stream: Stream) -> None:
@@ -166,12 +165,10 @@ class Trainer:
         generator = self.expansion.generator
         images, labels = self._batch(config.batch, stream)
         if self.clock.step < config.learning_steps:
-            self.task.eval()
             noises = [draw_noise(images, generator.noise, stream.torch) for _ in range(2)]
             gradients, parts = self.steps.expand(self.expansion, self.expander, images, labels, noises)
             self.expander.apply(gradients)
             self._note(parts)
-        self.task.train()
         earlier = stream.host.choice(self.pool) if self.pool else None
         draws = draw_views(images, generator, earlier, stream.torch, mix=config.loss.mix)
         self._update_task(*self.steps.tune(generator, earlier, images, labels, draws), self._progress())

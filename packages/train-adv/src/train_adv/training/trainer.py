@@ -115,7 +115,7 @@ class Trainer:
                     self.l_topo = torch.compile(topology.loss, dynamic=False)
         # One that learns has a backward too, which stays where the rest is.
         apart = topology is not None and topology.kind != "co-trained" and device.type == "cuda"
-        self._beside = Beside(apart)
+        self._beside = Beside(device if apart else None)
         self.climber = Climber(host, self.model, engine, device, dtype)
         self.awp = AWP(self.model, config.awp.gamma, self._learning()[1:]) if config.awp.gamma > 0 else None
         averaging = config.averaging
