@@ -22,6 +22,8 @@ CANDIDATES: dict[str, tuple[str, ...]] = {  # from the paper's settings on
     "farther": FARTHER,
     "farther, supervised": (*FARTHER, "loss.contrast=supervised"),
     "farther, barlow": (*FARTHER, *BARLOW),
+    "farther, alternating": (*FARTHER, 'generator.kinds=["photometric", "geometric"]'),
+    "farther, composite": (*FARTHER, 'generator.kinds=["composite"]'),
 }
 TIE = 0.01  # two seeds and 2,000 images tell no smaller difference
 ABLATION_ROUNDS = 10
@@ -37,7 +39,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "geometric": ('generator.kinds=["geometric"]',),
     "composite": ('generator.kinds=["composite"]',),
 }
-WARPING = ("geometric", "composite")  # whose steps take longer
 PARTS = ("paper", "choice", "ours", "baselines", "ablation", "cifar")
 METHODS = ("augmix", "randconv", "me-ada", "erm")
 PRETRAINING = 5000
@@ -78,6 +79,11 @@ def settings(*keys: str) -> tuple[str, ...]:
     return tuple(word for key in keys for word in ("--set", key))
 
 
+def kind_of(keys: Sequence[str]) -> str:
+    """Of PDEN's steps with these settings: those that warp images take longer."""
+    return "pden-warp" if any("geometric" in key or "composite" in key for key in keys) else "pden"
+
+
 def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     """All trainings of a part, the longest first.
 
@@ -91,20 +97,21 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     if part == "paper":
         return [Job(part, "pden-paper", "digits-paper", seed, "pden", whole, alone=seed == 0) for seed in SEEDS]
     if part == "ours":
-        return [Job(part, "pden-ours", "digits-ours", seed, "pden", whole, settings(*chosen)) for seed in SEEDS]
+        kind, keys = kind_of(chosen), settings(*chosen)
+        return [Job(part, "pden-ours", "digits-ours", seed, kind, whole, keys) for seed in SEEDS]
     if part == "choice":
         fixed = ("--rounds", str(CHOICE_ROUNDS), *settings("data.targets=[]"))
         steps = PRETRAINING + CHOICE_ROUNDS * 3000
-        return [
-            Job(part, label, "digits-ours", seed, "pden", steps, (*fixed, *settings(*keys)))
+        jobs = [
+            Job(part, label, "digits-ours", seed, kind_of(keys), steps, (*fixed, *settings(*keys)))
             for label, keys in CANDIDATES.items()
             for seed in CHOICE_SEEDS
         ]
+        return sorted(jobs, key=lambda job: job.kind != "pden-warp")
     if part == "ablation":
         rounds, steps = ("--rounds", str(ABLATION_ROUNDS)), PRETRAINING + ABLATION_ROUNDS * 3000
-        kinds = {label: "pden-warp" if label in WARPING else "pden" for label in ABLATIONS}
         return [
-            Job(part, label, "digits-paper", seed, kinds[label], steps, (*rounds, *settings(*keys)))
+            Job(part, label, "digits-paper", seed, kind_of(keys), steps, (*rounds, *settings(*keys)))
             for label, keys in ABLATIONS.items()
             for seed in SEEDS[:2]
         ]

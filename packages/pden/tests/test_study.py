@@ -68,7 +68,8 @@ def test_trainings_that_have_ended_tell_how_long_others_of_their_kind_take():
 
 def test_a_round_of_the_choice_tells_a_long_run_no_shorter_time_than_it_takes():
     """Steps before the rounds are cheap, and a larger part of a short run."""
-    short, long = study.jobs_of("choice")[0], study.jobs_of("ours")[0]
+    long = study.jobs_of("ours")[0]
+    short = next(job for job in study.jobs_of("choice") if job.kind == long.kind)
     cheap, dear = 1.0, 1.0 / study.PRETRAIN_SHARE  # milliseconds
     seconds = {job: (5000 * cheap + (job.steps - 5000) * dear) / 1000 for job in (short, long)}
     seen = study.Estimates(3, {short: {"steps_per_second": short.steps / seconds[short]}})
@@ -115,7 +116,7 @@ def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
 
 
 def test_within_a_point_the_choice_is_the_one_nearest_to_the_paper():
-    figures = dict(zip(study.CANDIDATES, (0.5, 0.692, 0.698, 0.7, 0.6, 0.699), strict=True))
+    figures = dict(zip(study.CANDIDATES, (0.5, 0.692, 0.698, 0.7, 0.6, 0.699, 0.4, 0.5), strict=True))
     results = [result(label, seed, value) for label, value in figures.items() for seed in study.CHOICE_SEEDS]
     assert study.choose(results)["chosen"] == list(study.CANDIDATES)[1]
 
