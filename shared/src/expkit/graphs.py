@@ -87,10 +87,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def _alone(device: torch.device) -> Iterator[None]:
     """For a recording: workspaces of cuBLAS that no other one shares, and no graph that the collector destroys."""
-    collects = gc.isenabled()
-    gc.disable()
     torch.cuda.synchronize(device)
     torch._C._cuda_clearCublasWorkspaces()
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:

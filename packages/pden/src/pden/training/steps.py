@@ -70,7 +70,6 @@ class Steps:
 
     def plain(self, views: Tensor, labels: Tensor) -> Found:
         """The baseline's loss, of the views that it made."""
-
         task, learner, baseline, precision = self.task, self.learner, self.baseline, self._precision
 
         def differentiate(views: Tensor, labels: Tensor) -> Found:
