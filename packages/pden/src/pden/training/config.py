@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Engine = Literal["auto", "graphs", "eager"]
 METHODS = ("pden", "erm", "randaugment", "augmix", "randconv", "ada", "me-ada")
 
 
@@ -240,7 +241,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "fp32"
-    engine: Literal["auto", "graphs", "eager"] = "auto"
+    engine: Engine = "auto"
     log_every: int = 50
     checkpoint_every: int = 1500
     data: DataConfig = field(default_factory=DataConfig)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,12 +19,11 @@ from expkit.graphs import Captured
 from pden.baselines.erm import Erm
 from pden.generators import Generator
 from pden.models import TaskModel
-from pden.training.config import TrainConfig
+from pden.training.config import Engine, TrainConfig
 from pden.training.learner import Learner
 from pden.training.objectives import Expansion, generator_loss, task_loss
 from pden.training.views import forward_views, make_views
 
-Engine = Literal["auto", "graphs", "eager"]
 Found = tuple[list[Tensor | None], dict[str, Tensor]]  # gradients of the learner's parameters, and the losses by name
 
 
