@@ -21,15 +21,17 @@ if os.environ.get("PYTHONPATH"):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where CUDA is absent, unless EXPKIT_REQUIRE_GPU says that this is a mistake."""
+    """Skip `gpu` tests without CUDA, and `gpu(2)` ones with less, unless EXPKIT_REQUIRE_GPU calls no CUDA a mistake."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
     import torch
 
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("EXPKIT_REQUIRE_GPU") == "1":
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0 and os.environ.get("EXPKIT_REQUIRE_GPU") == "1":
         raise pytest.UsageError("EXPKIT_REQUIRE_GPU=1, but CUDA is not available")
     for item in marked:
-        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        needed = next((mark.args[0] for mark in item.iter_markers("gpu") if mark.args), 1)
+        if count < needed:
+            reason = "needs a CUDA device" if needed == 1 else f"needs {needed} CUDA devices"
+            item.add_marker(pytest.mark.skip(reason=reason))

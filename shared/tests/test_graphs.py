@@ -71,10 +71,8 @@ def test_recordings_share_no_workspace_and_leave_none_behind() -> None:
     assert all(held() <= first for _ in range(6))
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(2)
 def test_a_graph_is_on_the_device_of_its_inputs() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     run = Captured(lambda x: 2 * x, enabled=True)
     beside = Beside(torch.device("cuda", 1))
     with torch.cuda.device(0):

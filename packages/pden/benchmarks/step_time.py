@@ -76,9 +76,8 @@ def measure(method: str, engine: str, side: int, steps: int) -> dict[str, Any]:
         raise SystemExit(f"{method}, {side} side by side: a process failed")
     halves = [sum(each) / side for each in zip(*(found.get() for _ in processes), strict=True)]
     mean = sum(halves) / 2
-    return {"method": method, "engine": engine, "side": side, "ms": mean, "ms_of_halves": halves} | {
-        "ms_of_device": mean / side
-    }
+    times = {"ms": mean, "ms_of_halves": halves, "ms_of_device": mean / side}
+    return {"method": method, "engine": engine, "side": side, **times}
 
 
 def profile(method: str, engine: str, folder: Path) -> None:

@@ -12,7 +12,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     lambda      AT and TRADES + TRAIN, lambda in powers of 3, two kernels, 15 epochs, seed 0
     beta        TRADES at beta 1, 2, 3, 9: with rate's 6 the host's own frontier, 15 epochs, seed 0
     joint       TRADES + TRAIN at the chosen beta, lambda in powers of 3, 15 epochs, seed 0
-    inputs      TRADES and AT + TRAIN with the features of adversarial inputs or of both, 15 epochs, seed 0; the best of
+    inputs      TRADES and AT + TRAIN with the features of adversarial inputs or of both, 15 epochs, seed 0; some of
                 these for TRADES at beta 2 and 6 as well
     main        {at, trades, mart} x {alone, + TRAIN} and the control, 30 epochs, for each seed
     customary   TRADES at beta 6, alone and + TRAIN as chosen at that beta, for each seed

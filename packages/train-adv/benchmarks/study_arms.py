@@ -163,10 +163,9 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
         ]
         if customary.beta != (trades.beta or BETA)
         else [],
-        "careful": [
-            Arm(f"at+train{careful.suffix}-{careful.weight:g}", {"host": "at", **careful.train}, final=aa)
-            for _ in range(careful != at)
-        ],
+        "careful": [Arm(f"at+train{careful.suffix}-{careful.weight:g}", {"host": "at", **careful.train}, final=aa)]
+        if careful != at
+        else [],
         "epsilons": [
             Arm(f"epsilon-{each}", {"host": "at" if each else "standard", "attack.epsilon": max(each, 1) / 255,
                                     "attack.step_size": max(each, 1) / 4 / 255, "epochs": 15, **at.alone},

@@ -1,4 +1,4 @@
-"""The running statistics of BatchNorm layers, kept for the length of a block."""
+"""BatchNorm layers and their running statistics, for the length of a block."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ def kept_statistics(*models: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.data.copy_(value)  # through .data: autograd saved the buffer and would take this for a fault
+
+
+@contextmanager
+def batch_norm_eval(model: nn.Module) -> Iterator[None]:
+    """BatchNorm layers normalise with their running statistics and leave them alone; all else stays as it is."""
+    training = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

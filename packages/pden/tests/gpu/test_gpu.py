@@ -98,8 +98,9 @@ def test_recorded_steps_have_the_gradients_of_plain_ones(kinds, dtype):
 @pytest.mark.parametrize("policy", ["joint", "split", "source", "frozen"])
 def test_recorded_steps_move_statistics_as_plain_ones(policy):
     run = make_trainer(model__name="wrn-10-1", model__batch_norm=policy, rounds=3)
-    assert watch(run) is not None
+    seen = watch(run)
     finish(run)
+    assert seen.count("tune") == 3 * 6
 
 
 @pytest.mark.gpu
@@ -137,10 +138,8 @@ def test_recorded_steps_learn_dense_labels():
     assert finish(run)[-1] == "round" and torch.isfinite(weights(run)).all()
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(2)
 def test_recorded_steps_run_on_another_device_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     run = Trainer(tiny_config(), tiny_domain(), tiny_domain(24, seed=1), device=torch.device("cuda", 1))
     watch(run)
     assert finish(run)[-1] == "round"

@@ -8,9 +8,8 @@ from copy import deepcopy
 from typing import Literal
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from expkit.norms import kept_statistics
+from expkit.norms import batch_norm_eval, kept_statistics
 
 NaturalStatistics = Literal["shared", "dual", "frozen"]
 
@@ -54,19 +53,6 @@ def attack_twin(model: nn.Module) -> nn.Module:
         for name, buffer in source._buffers.items():
             target._buffers[name] = buffer
     return twin.eval()
-
-
-@contextmanager
-def batch_norm_eval(model: nn.Module) -> Iterator[None]:
-    """BatchNorm layers normalise with their running statistics and leave them alone; all else stays as it is."""
-    training = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

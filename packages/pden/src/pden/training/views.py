@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from expkit.norms import batch_norm_eval
 from pden.generators import Generator, draw_noise
 from pden.models import TaskModel, TaskOutput
 
@@ -64,24 +65,11 @@ def forward_views(model: TaskModel, views: Sequence[Tensor], policy: str) -> Tas
         together = model.full(torch.cat(list(views)))
         return TaskOutput(*(torch.unflatten(each, 0, (count, -1)) for each in together))
     outputs = []
-    with frozen_norms(model, policy == "frozen"):
+    with batch_norm_eval(model) if policy == "frozen" else nullcontext():
         for place, view in enumerate(views):
             with untracked_norms(model, policy == "source" and place > 0):
                 outputs.append(model.full(view))
     return TaskOutput(*(torch.stack(each) for each in zip(*outputs, strict=True)))
-
-
-@contextmanager
-def frozen_norms(model: nn.Module, active: bool) -> Iterator[None]:
-    """BatchNorm layers use their running statistics inside."""
-    norms = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.training] if active else []
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
 
 
 @contextmanager
