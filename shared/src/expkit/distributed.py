@@ -45,12 +45,13 @@ def join() -> World:
         return world
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
-    if on_gpu:
-        torch.cuda.set_device(world.local_rank)
+    device = torch.device("cuda", world.local_rank) if on_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
     # Its functions have the group as a default from their import on. Imported later, as torch's compiler does, they
     # would keep the group and gloo's threads beyond `leave`, and these abort the process at its end now and then.
     import_module("torch.distributed.nn")
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device)  # told, nccl has no device to guess
     atexit.register(leave)  # for scripts that do not leave by themselves: gloo's threads would outlive them as well
     return world
 
