@@ -26,11 +26,11 @@ def digits_encoder(channels: int, size: int, width: float = 1.0) -> tuple[nn.Mod
     side = ((size - 4) // 2 - 4) // 2
     layers = Layers(
         nn.Conv2d(channels, first, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),  # after the pooling: the same values and gradients, of a quarter as many numbers
         nn.Conv2d(first, second, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(second * side * side, hidden),
         nn.ReLU(),
