@@ -6,6 +6,7 @@ The digits net, batch 128, images made at random (their values cost no time). Ea
 ten steps of the next, whose others are timed, all processes at once: those of the half in which a generator learns and
 those of the other half. What counts for a study is the time a step takes of the device: that of a process divided by
 how many ran beside one another. `--profile FOLDER` keeps a trace of 30 steps of the first method besides.
+`--cudnn-benchmark` has cuDNN time its algorithms for each convolution and keep the fastest, which may want more memory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.multiprocessing as multiprocessing
 
 from expkit.checkpoint import write_json
 from expkit.config import load_config
-from expkit.device import resolve_device, synchronize
+from expkit.device import reserved_memory, resolve_device, resolve_dtype, synchronize
 from expkit.rundir import evidence
 from pden.data import Domain
 from pden.training.config import TrainConfig
@@ -32,7 +33,7 @@ WARM = 10  # steps of a half, in which it is recorded
 CLASSES = tuple(str(digit) for digit in range(10))
 
 
-def trainer(method: str, steps: int, device: torch.device, engine: str, **more: Any) -> Trainer:
+def trainer(method: str, steps: int, device: torch.device, engine: str, dtype: str = "fp32", **more: Any) -> Trainer:
     """Two rounds of so many steps after a short start; `more` settings by key."""
     config = "digits-ours" if method == "pden" else "digits-baseline"
     keys: dict[str, Any] = {"method": method, "rounds": 2, "round_steps": steps, "pretrain_steps": 20,
@@ -42,13 +43,15 @@ def trainer(method: str, steps: int, device: torch.device, engine: str, **more: 
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (2000, 3, 32, 32), generator=generator).to(torch.uint8)
     made = Domain("made", images, torch.arange(2000) % 10, CLASSES)
-    return Trainer(settings, made, made, device=device)
+    return Trainer(settings, made, made, device=device, dtype=resolve_dtype(dtype, device))
 
 
-def work(method: str, steps: int, engine: str, barrier: Any, found: Any) -> None:
-    """One process: milliseconds of a step in either half of the second round, recordings and the gate left out."""
+def work(method: str, steps: int, engine: str, dtype: str, benchmark: bool, barrier: Any, found: Any) -> None:
+    """One process: milliseconds of a step in either half of the second round, recordings and the gate left out, and
+    most bytes of memory."""
+    torch.backends.cudnn.benchmark = benchmark
     device = resolve_device("auto")
-    one = trainer(method, steps, device, engine)
+    one = trainer(method, steps, device, engine, dtype)
     halves = []
     for begin, end in ((WARM, one.config.learning_steps - 1), (one.config.learning_steps + WARM, steps - 1)):
         while not (one.clock.stage == "round" and one.clock.round == 2 and one.clock.step >= begin):
@@ -60,30 +63,32 @@ def work(method: str, steps: int, engine: str, barrier: Any, found: Any) -> None
             one.step()
         synchronize(device)
         halves.append(1000 * (time.perf_counter() - begun) / (end - begin))
-    found.put(halves)
+    found.put((*halves, reserved_memory(device)))
 
 
-def measure(method: str, engine: str, side: int, steps: int) -> dict[str, Any]:
+def measure(method: str, engine: str, dtype: str, side: int, steps: int, benchmark: bool) -> dict[str, Any]:
     """So many processes at once, each of them new."""
     context = multiprocessing.get_context("spawn")
     barrier, found = context.Barrier(side), context.Queue()
-    processes = [context.Process(target=work, args=(method, steps, engine, barrier, found)) for _ in range(side)]
+    given = (method, steps, engine, dtype, benchmark, barrier, found)
+    processes = [context.Process(target=work, args=given) for _ in range(side)]
     for each in processes:
         each.start()
     for each in processes:
         each.join()
     if any(each.exitcode for each in processes):
         raise SystemExit(f"{method}, {side} side by side: a process failed")
-    halves = [sum(each) / side for each in zip(*(found.get() for _ in processes), strict=True)]
+    *halves, memory = (sum(each) / side for each in zip(*(found.get() for _ in processes), strict=True))
     mean = sum(halves) / 2
-    times = {"ms": mean, "ms_of_halves": halves, "ms_of_device": mean / side}
-    return {"method": method, "engine": engine, "side": side, **times}
+    times = {"ms": mean, "ms_of_halves": halves, "ms_of_device": mean / side, "memory_bytes": memory}
+    return {"method": method, "engine": engine, "dtype": dtype, "cudnn_benchmark": benchmark, "side": side, **times}
 
 
-def profile(method: str, engine: str, folder: Path) -> None:
+def profile(method: str, engine: str, dtype: str, benchmark: bool, folder: Path) -> None:
     """A trace of steps of the second round, and its operations by time."""
+    torch.backends.cudnn.benchmark = benchmark
     device = resolve_device("auto")
-    one = trainer(method, 200, device, engine)
+    one = trainer(method, 200, device, engine, dtype)
     while not (one.clock.stage == "round" and one.clock.round == 2 and one.clock.step > 20):
         one.step()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -102,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="pden,augmix,randconv,me-ada,erm")
     parser.add_argument("--engines", default="auto", help="some of auto, graphs, eager")
+    parser.add_argument("--dtypes", default="fp32", help="some of fp32, bf16")
+    parser.add_argument("--cudnn-benchmark", action="store_true")
     parser.add_argument("--side", type=lambda text: [int(each) for each in text.split(",")], default=[1, 3])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--profile", type=Path)
@@ -110,15 +117,16 @@ def main() -> None:
     if arguments.steps < 4 * WARM:
         parser.error(f"--steps {arguments.steps}: at least {4 * WARM} are needed")
     record, rows = evidence(), []
-    methods, engines = arguments.methods.split(","), arguments.engines.split(",")
-    for method in methods:
-        for engine, side in product(engines, arguments.side):
-            rows.append(measure(method, engine, side, arguments.steps))
-            first, second = rows[-1]["ms_of_halves"]
-            print(f"{method:10} {engine:6} {side} side by side: {rows[-1]['ms']:7.2f} ms a step ({first:.2f}, "
-                  f"{second:.2f}), {rows[-1]['ms_of_device']:6.2f} of the device", flush=True)  # fmt: skip
+    methods, engines, dtypes = (each.split(",") for each in (arguments.methods, arguments.engines, arguments.dtypes))
+    benchmark = arguments.cudnn_benchmark
+    for method, engine, dtype, side in product(methods, engines, dtypes, arguments.side):
+        rows.append(row := measure(method, engine, dtype, side, arguments.steps, benchmark))
+        first, second = row["ms_of_halves"]
+        print(f"{method:10} {engine:6} {dtype} {side} side by side: {row['ms']:7.2f} ms a step ({first:.2f}, "
+              f"{second:.2f}), {row['ms_of_device']:6.2f} of the device, {row['memory_bytes'] / 2**20:6.0f} MiB",
+              flush=True)  # fmt: skip
     if arguments.profile:
-        profile(methods[0], engines[0], arguments.profile)
+        profile(methods[0], engines[0], dtypes[0], benchmark, arguments.profile)
     if arguments.json:
         write_json(arguments.json, {**record, "rows": rows})
 

@@ -269,7 +269,7 @@ def main() -> int:
         if action == "report":
             one.add_argument("--to", type=Path, required=True, help="folder for JSON, tables and charts")
             continue
-        one.add_argument("--side", type=int, default=3, help="trainings side by side on a GPU")
+        one.add_argument("--side", type=int, default=1, help="trainings side by side on a GPU")
         one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
         one.add_argument("--lease", type=float, default=24.0, help="minutes from the first `run` on this machine")
         if action == "plan":

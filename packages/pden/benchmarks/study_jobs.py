@@ -146,15 +146,14 @@ class Speed:
     shared: float
 
 
-# Foreseen for an H100 from counts of kernels and of operations, before any was measured: a step of PDEN launches 330
-# kernels while the generator learns and 130 after, and computes 150 and 90 GFLOP at batch 128.
+# On an H100, by step_time.py. What was not measured yet, images that are warped and CIFAR-10, is a guess.
 FORESEEN = {
-    "pden": Speed(4.5, 3.0),
-    "pden-warp": Speed(7.0, 4.0),
-    "augmix": Speed(6.0, 3.0),
-    "randconv": Speed(2.0, 1.2),
-    "me-ada": Speed(1.2, 0.5),
-    "erm": Speed(1.2, 0.5),
+    "pden": Speed(5.2, 5.7),
+    "pden-warp": Speed(7.0, 7.7),
+    "augmix": Speed(5.4, 3.8),
+    "randconv": Speed(2.1, 2.2),
+    "me-ada": Speed(0.9, 1.0),
+    "erm": Speed(0.9, 1.0),
     "cifar-pden": Speed(25.0, 22.0),
     "cifar-augmix": Speed(18.0, 14.0),
     "cifar-erm": Speed(8.0, 5.0),

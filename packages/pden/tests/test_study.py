@@ -57,10 +57,10 @@ def test_all_else_begins_when_the_choice_has_ended():
 
 def test_trainings_that_have_ended_tell_how_long_others_of_their_kind_take():
     first, second, *_ = study.jobs_of("paper")
-    foreseen = study.Estimates(5, {})
+    foreseen, speed = study.Estimates(5, {}), study.FORESEEN["pden"]
     thousands = 60 + 5 * study.PRETRAIN_SHARE
-    assert foreseen.minutes(first) == pytest.approx(study.SLACK * thousands * 4.5 / 60 + study.START)
-    assert foreseen.minutes(second) == pytest.approx(study.SLACK * thousands * 5 * 3.0 / 60 + study.START)
+    assert foreseen.minutes(first) == pytest.approx(study.SLACK * thousands * speed.alone / 60 + study.START)
+    assert foreseen.minutes(second) == pytest.approx(study.SLACK * thousands * 5 * speed.shared / 60 + study.START)
     seen = study.Estimates(5, {second: {"steps_per_second": 50.0}})
     assert seen.minutes(first) == foreseen.minutes(first)  # alone
     assert seen.minutes(study.jobs_of("ours")[0]) == pytest.approx(study.SLACK * 65 * 20 / 60 + study.START)
@@ -76,9 +76,9 @@ def test_a_round_of_the_choice_tells_a_long_run_no_shorter_time_than_it_takes():
     assert seen.minutes(long) == pytest.approx(study.SLACK * seconds[long] / 60 + study.START)
 
 
-def test_the_whole_study_fits_five_leases_of_24_minutes_on_2_gpus():
-    planned = study.leases(study.queue(), study.Estimates(3, {}), GPUS, 24)
-    assert len(planned) <= 5 and max(end for lease in planned for *_, end in lease) <= 24
+def test_the_whole_study_fits_four_leases_of_24_minutes_on_4_gpus():
+    planned = study.leases(study.queue(), study.Estimates(1, {}), ["0", "1", "2", "3"], 24)
+    assert len(planned) <= 4 and max(end for lease in planned for *_, end in lease) <= 24
 
 
 @pytest.mark.parametrize("part", study.PARTS)
