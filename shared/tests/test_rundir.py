@@ -140,6 +140,8 @@ def test_git_is_that_of_the_current_folder_else_of_the_code(tmp_path: Path, monk
     monkeypatch.setattr(rundir, "_SOURCE", code)
     monkeypatch.chdir(elsewhere)
     assert evidence()["git"] is None
+    monkeypatch.setenv("EXPKIT_COMMIT", "5eed")
+    assert evidence()["git"] == {"sha": "5eed", "dirty": None}  # a repository tells more
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
     (code / "file").write_text("a")
     for arguments in (["init"], ["add", "file"], ["commit", "-m", "first"]):

@@ -31,7 +31,8 @@ are judged on the test images.
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
 last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm: the standard
-model is deterministic and is trained again in under a minute (each JSON has its hash).
+model is trained again in under a minute, by its seed. Each JSON has its hash: where the compiler timed its kernels,
+arms of one seed have standard models that differ by rounding.
 
 With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
 Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
@@ -324,7 +325,7 @@ def judge(path: Path, data: DataSet, attacks: tuple[str, ...], seed: int, limit:
 
 
 def _hash(reference: Path | None) -> str | None:
-    """Of the standard model's weights: the same in every lease, if it is as deterministic as it should be.
+    """Of the standard model's weights: the same in every lease where the compiler times no kernels.
 
     Not of the file: safetensors writes the metadata in an order that differs from process to process.
     """

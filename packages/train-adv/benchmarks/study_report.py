@@ -101,8 +101,12 @@ def publishable(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for attacks in arm["evaluation"].values():
             for each in attacks.values():
                 each.pop("per_class", None)
-    note = "answers image by image and accuracies by class are left out; a machine's paths are DATA, WORK and OUT"
-    return {"note": note, "arms": arms}
+    note = (
+        "answers image by image and accuracies by class are left out; a machine's paths are DATA, WORK and OUT; the "
+        "machines had no repository, and git says what was sent to them; an arm's name holds its rate also where the "
+        "command and config.name do not have it yet"
+    )
+    return {"note": note, "arms": arms, "differences": differences(results)}
 
 
 def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -190,8 +194,24 @@ def line(found: dict[str, Any]) -> str:
 
 
 def report(results: Sequence[dict[str, Any]]) -> str:
-    """All arms; paired differences (last checkpoints, all common seeds) of every arm with TRAIN to its host."""
+    """All arms, `differences`, and what is chosen."""
     lines = [line(each) for each in results]
+    for each in differences(results):
+        by_seed = ", ".join(f"seed {seed} {100 * value:+.2f}" for seed, value in each["by_seed"].items())
+        low, high = each["interval"]
+        lines.append(
+            f"{each['arm']} - {each['other']}, {each['attack']}: {100 * each['difference']:+.2f} "
+            f"[{100 * low:+.2f}, {100 * high:+.2f}] ({by_seed})"
+        )
+    for host in HOSTS:
+        lines.append(f"chosen on held-out training images for {host}: {choose(results, host)}")
+    return "\n".join(lines)
+
+
+def differences(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every arm with TRAIN to its host, its control, and TRADES where it meets that one's frontier: paired, last
+    checkpoints, all common seeds."""
+    found = []
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for each in results:
         by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"].get("last", {})
@@ -200,22 +220,18 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         others = [host, f"{host}-control"]
         others += ["trades"] if host in ("at", f"trades-{BETA:g}") else []  # whose frontier these meet
         for other in others if train else ():
-            lines += _differences(arm, seeds, other, by_arm.get(other, {}))
-    for host in HOSTS:
-        lines.append(f"chosen on held-out training images for {host}: {choose(results, host)}")
-    return "\n".join(lines)
+            pairs = _differences(seeds, by_arm.get(other, {}))
+            found += [{"arm": arm, "other": other, **each} for each in pairs]
+    return found
 
 
-def _differences(arm: str, own: dict[int, Any], other: str, theirs: dict[int, Any]) -> list[str]:
-    lines = []
+def _differences(own: dict[int, Any], theirs: dict[int, Any]) -> list[dict[str, Any]]:
+    found = []
     for attack in ("natural", "pgd20", "apgd", "autoattack"):
         common = [seed for seed in sorted(own.keys() & theirs.keys()) if attack in own[seed] and attack in theirs[seed]]
         if not common:
             continue
         result = paired_difference([(unpack(own[seed][attack]), unpack(theirs[seed][attack])) for seed in common])
-        low, high = result["interval"]
-        lines.append(
-            f"{arm} - {other}, {attack}, seeds {common}: {100 * result['difference']:+.2f} "
-            f"[{100 * low:+.2f}, {100 * high:+.2f}]"
-        )
-    return lines
+        by_seed = dict(zip(map(str, common), result.pop("pairs"), strict=True))
+        found.append({"attack": attack, **result, "by_seed": by_seed})
+    return found

@@ -106,6 +106,46 @@ def test_pictures_of_16_bits_and_bombs_are_read_rightly(tmp_path, monkeypatch, c
     assert "deep.png" in said and "data.corrupt" not in said
 
 
+def test_seeds_are_averaged_image_by_image():
+    """Differences of (+1, 0, 0, 0) and (-1, -1, 0, 0) are (0, -1/2, 0, 0) in the mean."""
+    right = [[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 0]]
+    one, two, three, four = (torch.tensor(each) > 0 for each in right)
+    found = paired_difference([(one, two), (three, four)])
+    assert found["pairs"] == [0.25, -0.5] and found["difference"] == pytest.approx(-0.125)
+    by_image = np.array([0.0, -0.5, 0.0, 0.0, 1.0, -1.0])  # Bonett and Price's two images more
+    half = 1.959964 * by_image.std() / 6**0.5
+    assert found["interval"] == pytest.approx((by_image.mean() - half, by_image.mean() + half), rel=1e-4)
+
+
+def test_fit_leaves_the_process_as_it_was(tmp_path):
+    torch.manual_seed(77)
+    np.random.seed(77)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(77)
+    np.random.seed(77)
+    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    settings = {**QUICK, "deterministic": not flags[1], "averaging": {"kind": "ema"}}
+    outcome = train_adv.fit("small-cnn", "digits", runs=tmp_path, **settings, **{"data.limit": 200})
+    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+    assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == flags
+    assert all(parameter.requires_grad for parameter in outcome.model.parameters()) and not outcome.model.training
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"data.limit": 100}, "data.limit is for data that are read by name"),
+        ({"data.padding": 0}, "data.padding is for data"),
+        ({"teacher": "small-cnn", "host": "lbgat"}, "teacher is for models by name"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(settings, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        train_adv.fit(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), digits(), runs=tmp_path,
+                      **QUICK, **settings)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 def test_equal_answers_have_an_interval_and_odd_radii_and_batches_are_refused():
     low, high = paired_difference([(torch.ones(20) > 0, torch.ones(20) > 0)])["interval"]
     assert low < 0 < high

@@ -80,7 +80,8 @@ def evidence(seed: int | None = None) -> dict[str, Any]:
 
     Returns:
         command (as a user would type it), seed, versions, hardware, git (of the current folder, else of the one
-        that this code lies in, else None) and started (UTC, ISO 8601).
+        that this code lies in, else the commit that EXPKIT_COMMIT names where there is no repository, else None) and
+        started (UTC, ISO 8601).
     """
     return {
         "command": _command(),
@@ -186,7 +187,8 @@ def _git() -> dict[str, Any] | None:
             return {"sha": sha, "dirty": bool(_run_git(folder, "status", "--porcelain", "--untracked-files=no"))}
         except (OSError, subprocess.SubprocessError):
             continue
-    return None
+    told = os.environ.get("EXPKIT_COMMIT")
+    return {"sha": told, "dirty": None} if told else None
 
 
 def _run_git(folder: Path, *arguments: str) -> str:

@@ -37,16 +37,22 @@ def fit(
         topology: lambda of TRAIN, or the table of `TopologyConfig`; the standard model is trained first unless its
             `path` is given.
         resume: go on with the run of this name.
-        settings: any other key of `TrainConfig`, tables as mappings: `epochs=30, optimizer={"lr": 0.2}`.
+        settings: any other key of `TrainConfig`, tables as mappings: `epochs=30, optimizer={"lr": 0.2}`; keys of the
+            table `data` one by one: `**{"data.limit": 1000}`.
 
     Returns:
         An `Outcome`: `.model` (the best one), `.folder`, `.result`; under torchrun the same in every process.
 
+    Random generators and settings of torch that training changes are put back at the end.
+
     Raises:
-        UsageError: an unknown key (the nearest one is named), or anything that cannot be trained.
+        UsageError: an unknown key (the nearest one is named), one that says nothing of what was given, or anything
+            that cannot be trained.
     """
     from expkit.config import flatten, load_config
     from expkit.distributed import join, leave
+    from expkit.errors import UsageError
+    from train_adv.precision import process_as_before
     from train_adv.training.config import TrainConfig
     from train_adv.training.run import Given, train
 
@@ -54,6 +60,12 @@ def fit(
     flags: dict[str, Any] = flatten({**settings, "host": host, "name": name, "topology": table})
     if isinstance(model, str):
         flags["model"] = model
+    if not isinstance(data, str):
+        of_names = [key for key in flags if key.startswith("data.") and key not in ("data.name", "data.workers")]
+        if of_names:
+            raise UsageError(f"{of_names[0]} is for data that are read by name; change the DataSet instead")
+    if not isinstance(model, str) and flags.get("teacher") is not None:
+        raise UsageError("teacher is for models by name; LBGAT's is another network of the given kind")
     flags["data.name"] = data if isinstance(data, str) else data.name
     maker: Callable[[], nn.Module] | None = None
     if isinstance(model, nn.Module):
@@ -64,11 +76,12 @@ def fit(
     given = Given(data=None if isinstance(data, str) else data, model=maker)
     config = load_config(TrainConfig, None, flags)
     joined = not (dist.is_available() and dist.is_initialized())  # a group of the caller's stays the caller's
-    try:
-        return train(config, Path(runs), join(), resume=resume, given=given)
-    finally:
-        if joined:
-            leave()
+    with process_as_before():
+        try:
+            return train(config, Path(runs), join(), resume=resume, given=given)
+        finally:
+            if joined:
+                leave()
 
 
 def load(run: str | Path, *, model: nn.Module | None = None, device: str = "cpu") -> Classifier:

@@ -191,8 +191,14 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
     results.append({**base, "arm": "at+train", "training": {"seed": 0}, "answers": {"last": right[1]}})
     results.append({**base, "arm": "at+train", "training": {"seed": 1}, "answers": {}, "failed": "no number"})
     results.append({**base, "arm": "at+train-30", "training": {"seed": 0}, "answers": {"last": right[1]}})
-    text = report.report(results)
-    assert "at+train - at, natural, seeds [0]:" in text and "at+train-30 - at, natural, seeds [0]:" in text
+    found = report.differences(results)
+    assert [(each["arm"], each["other"], list(each["by_seed"])) for each in found] == [
+        ("at+train", "at", ["0"]),
+        ("at+train-30", "at", ["0"]),
+    ]
+    one, two = (report.unpack(right[seed]["natural"]).double().mean() for seed in (0, 1))
+    assert found[0]["difference"] == pytest.approx(float(two - one)) == found[0]["by_seed"]["0"] != 0
+    assert f"at+train - at, natural: {100 * found[0]['difference']:+.2f} [" in report.report(results)
 
 
 def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_path):
@@ -206,8 +212,10 @@ def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_
         each["command"] = "study.py run --data-dir /data/here --work /w --out /o --only a --work /w/gpu1"
         each["config"] |= {"data.dir": "/data/here", "topology.path": "/w/gpu1/standard-0"}
         each["answers"] = {"last": {"apgd": "4:f"}}
+        each["training"] = {"seed": 0}
         each["evaluation"]["last"]["apgd"]["per_class"] = {}
     published = report.publishable(results)
+    assert published["differences"] == report.differences(results) == []
     assert "/data" not in json.dumps(published) and "/w" not in json.dumps(published)
     first = published["arms"][0]
     assert first["config"]["topology.path"] == "WORK/gpu1/standard-0" and first["config"]["data.dir"] == "DATA"

@@ -51,7 +51,11 @@ def checkpoint(tmp_path_factory):
 def test_stronger_attacks_leave_less(checkpoint, tmp_path):
     path, model = checkpoint
     names = ["natural", "fgsm", "pgd20", "cw", "apgd-ce", "apgd"]
+    model.train()  # as a caller in the middle of training has it
+    before = model.backbone[1].running_mean.clone()
     found = evaluate(path, data(), names, SETTINGS, device=CPU, work=tmp_path, model=model)
+    assert model.training and torch.equal(model.backbone[1].running_mean, before)
+    model.eval()
     left = {name: int(right.sum()) for name, right in found.items()}
     assert left["natural"] >= left["fgsm"] >= left["pgd20"] >= left["apgd-ce"] >= left["apgd"] > 0
     assert left["apgd"] < left["natural"]

@@ -48,6 +48,37 @@ def test_spearman_is_that_of_scipy():
     assert metrics.distance_spearman(one, other) == pytest.approx(spearmanr(*distances).statistic, abs=1e-3)
 
 
+def test_trustworthiness_is_of_the_features_as_a_picture_of_the_reference():
+    """Venna and Kaski's sum: neighbours in the picture that are none in the original, by their rank there."""
+    features, reference, k, n = cloud(seed=5, count=24), cloud(count=24), 10, 24
+
+    def ranks(z: torch.Tensor) -> torch.Tensor:
+        """Of each sample's others by cosine, from 1 on."""
+        similarity = torch.nn.functional.normalize(z, dim=1) @ torch.nn.functional.normalize(z, dim=1).T
+        return similarity.fill_diagonal_(2).argsort(1, descending=True).argsort(1)
+
+    def penalty(picture: torch.Tensor, original: torch.Tensor) -> float:
+        shown = (ranks(picture) <= k) & (ranks(picture) > 0)
+        late = (ranks(original) - k).clamp(min=0)
+        return 1 - 2 / (n * k * (2 * n - 3 * k - 1)) * float((late * shown).sum())
+
+    figures = metrics.measure(features, reference)
+    assert abs(penalty(features, reference) - penalty(reference, features)) > 1e-3
+    assert figures["trustworthiness"] == pytest.approx(penalty(features, reference))
+    assert figures["continuity"] == pytest.approx(penalty(reference, features))
+
+
+def test_cka_is_the_ratio_of_hsic():
+    one, other = cloud(seed=3).double(), cloud(dim=4).double()
+    centre = torch.eye(60, dtype=torch.float64) - 1 / 60
+
+    def hsic(first: torch.Tensor, second: torch.Tensor) -> float:
+        return float(torch.trace(first @ first.T @ centre @ second @ second.T @ centre))
+
+    expected = hsic(one, other) / (hsic(one, one) * hsic(other, other)) ** 0.5
+    assert metrics.linear_cka(one, other) == pytest.approx(expected)
+
+
 def test_neighbour_confusion_rows_are_shares():
     labels = torch.tensor([0] * 30 + [1] * 30)
     features = cloud() * 0.1 + torch.nn.functional.one_hot(labels, 6) * 2.0

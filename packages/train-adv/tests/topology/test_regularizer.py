@@ -96,10 +96,13 @@ def test_lambda_warms_up_linearly():
     assert weights == [0.0, 2.0, 4.0, 6.0, 8.0, 8.0]
 
 
-def test_calibration_gives_the_asked_ratio_of_gradient_norms():
+@pytest.mark.parametrize("statistics", ["shared", "dual", "frozen"])
+def test_calibration_gives_the_asked_ratio_of_gradient_norms(statistics):
     model, reference = tiny_net(seed=1), tiny_net(seed=2)
     images, labels = tiny_batch()
-    topology = TopologyRegularizer(model, reference)
+    for seed in range(20):
+        model(tiny_batch(seed=3 + seed)[0])  # running statistics that are no single batch's
+    topology = TopologyRegularizer(model, reference, statistics=statistics)
     host = F.cross_entropy(model(images), labels)
     weight = topology.calibrate(host, images, model.parameters(), ratio=0.5)
 

@@ -7,27 +7,32 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import train_adv
-from train_adv.averaging import WeightAverage
 from train_adv.models.small import SmallCNN
+from train_adv.training import run
 
 
 def main() -> None:
-    rank, averages = int(os.environ["RANK"]), []
+    rank, trained = int(os.environ["RANK"]), {}
+    finish = run._Job.finish
 
-    class Watched(WeightAverage):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            averages.append(self)
+    def watched(self: run._Job, record: dict[str, Any]) -> run.Outcome:
+        """The end of a run gives all processes the main one's weights, so these are looked at before."""
+        trainer = self.trainer
+        trained.update(model=digest(trainer.model))
+        if trainer.average is not None:
+            trained.update(average=digest(trainer.average.model))
+        return finish(self, record)
 
     def network() -> SmallCNN:
         torch.manual_seed(100 + rank)  # a careless function: other weights in every process
         return SmallCNN()
 
-    sys.modules["train_adv.training.trainer"].WeightAverage = Watched
+    run._Job.finish = watched
     outcome = train_adv.fit(
         network,
         "digits",
@@ -42,7 +47,7 @@ def main() -> None:
         averaging={"kind": "ema", "statistics": "recompute", "batches": 2},
         validation={"fraction": 0.205, "steps": 1},  # an odd number of images over two processes
     )
-    said = {"average": digest(averages[-1].model), "model": digest(outcome.model), "result": outcome.result}
+    said = {"trained": trained, "outcome": digest(outcome.model), "result": outcome.result}
     Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps(said))
 
 
@@ -52,6 +57,4 @@ def digest(model: torch.nn.Module) -> str:
 
 
 if __name__ == "__main__":
-    import train_adv.training.trainer
-
     main()

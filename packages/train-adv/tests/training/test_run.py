@@ -112,6 +112,20 @@ def test_two_processes_train_as_one_run(tmp_path):
     assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == 3
 
 
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    """Gradients, AWP's direction, the gathered features, the ratio of norms: all are of the whole batch."""
+    script = str(SCRIPT.with_name("parity.py"))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for processes, name in (([], "one"), (torchrun, "two")):
+        command = [sys.executable, *processes, script, str(tmp_path), name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    alone, *both = (load_tensors(tmp_path / f"{name}.safetensors") for name in ("one-0", "two-0", "two-1"))
+    for name, value in alone.items():
+        assert torch.equal(both[0][name], both[1][name]) and torch.allclose(both[0][name], value, atol=1e-5), name
+
+
 def test_every_process_gets_the_same_outcome(tmp_path):
     """Initial weights, recomputed statistics, figures and decisions are the same, whoever drew and measured what."""
     script = str(SCRIPT.with_name("ranks.py"))
@@ -120,7 +134,7 @@ def test_every_process_gets_the_same_outcome(tmp_path):
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert first == second
+    assert first == second and first["trained"].keys() == {"model", "average"}
     result = first["result"]
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert round(result["last"]["val_natural"] * 41, 6) % 1 == 0  # every one of the 41 images counts once

@@ -21,6 +21,7 @@ from train_adv.evaluation.statistics import accuracy, paired_difference
 from train_adv.evaluation.store import AnswerStore
 from train_adv.models.checkpoint import find_model, load_model
 from train_adv.models.classifier import Classifier
+from train_adv.modes import eval_mode
 
 _PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -73,7 +74,7 @@ def evaluate(
         checkpoint: a file, or a run's folder.
         attacks: some of `train_adv.evaluation.attacks.NAMES`.
         work: folder of the memory; left out, `eval` beside the checkpoint.
-        model: the network, where it was read already.
+        model: the network, where it was read already; it is moved to `device`, and keeps its mode.
 
     Raises:
         UsageError: an unknown attack; a checkpoint that cannot be read or that does not fit the data.
@@ -105,7 +106,7 @@ def evaluate(
         settings.compiled,
         settings.seed,
     )
-    with progress() as bar:
+    with eval_mode(model), progress() as bar:
         task = bar.add_task(path.parent.name, total=sum(_count(name, data, settings) for name in attacks))
         found = {}
         for name in attacks:

@@ -28,8 +28,8 @@ class TopologyRegularizer(nn.Module):
 
     Args:
         model: the network in training. It is not registered as a submodule: parameters and state are not duplicated.
-        reference: the standard model, trained on natural samples. For kind "ema" it may be left out: it starts as a
-            copy of the model.
+        reference: the standard model, trained on natural samples; it is put into eval mode and asks for no gradient
+            from then on, unless it is co-trained. For kind "ema" it may be left out: it starts as a copy of the model.
         weight: lambda. There is no natural scale: see `calibrate`.
         layer, reference_layer: see `train_adv.topology.features.FeatureTap`.
         loss: a `TopologyLoss`; its default otherwise.
@@ -154,7 +154,7 @@ class TopologyRegularizer(nn.Module):
         """
         (model,) = self._model
         asking = list(parameters)
-        with natural_statistics(model, "dual"):
+        with natural_statistics(model, "frozen" if self.statistics == "frozen" else "dual"):  # none must move
             features = self.read_model(images)
         with torch.no_grad(), eval_mode(self.reference):  # eval mode: its statistics must not move
             reference = self.read_reference(images)

@@ -389,7 +389,7 @@ class _Job:
             write_json(self.folder / "result.json", result)
         self._load(model, "best")
         barrier()  # none goes on to read what the main one still writes
-        return Outcome(self.folder, result, model.eval())
+        return Outcome(self.folder, result, model.eval().requires_grad_(True))  # an average asked for no gradient
 
     def _load(self, model: Classifier, name: str) -> None:
         if self.run is not None:

@@ -291,11 +291,17 @@ class Trainer:
         parameters = list(self.model.parameters())
         with kept_statistics(*self._learning()), autocast(self.device, self.dtype):
             # A forward for each: compiled graphs can be walked once only.
-            host = float(gradient_norm(self.host.loss(self.forward, images, adversarial, labels).total, parameters))
+            found = self.host.loss(self.forward, images, adversarial, labels)
+            host = float(gradient_norm(found.total, parameters))
             with torch.no_grad():
                 reference, _ = topology.reference_features(images, labels)
-            shown = self._shown(images, adversarial)
-            values = [topology.loss(self.forward(each).features, reference) for each in shown]
+
+            def read(shown: Tensor) -> Tensor:
+                own = shown is images and found.natural is None  # as in the loss
+                with natural_statistics(self.model, settings.statistics) if own else nullcontext():
+                    return self.forward(shown).features
+
+            values = [topology.loss(read(each), reference) for each in self._shown(images, adversarial)]
             other = float(gradient_norm(torch.stack(values).mean(), parameters))
         topology.last.update(norm_host=host, norm_topology=other)
         if settings.ratio > 0:
