@@ -148,7 +148,11 @@ def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path: Path, name: str) ->
     (path / name).write_bytes(b"damaged")
     with pytest.raises(UsageError, match=name) as caught:
         store.latest()
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "without" not in str(caught.value)
+    newest = save(store, 2)
+    (newest / name).write_bytes(b"damaged")
+    with pytest.raises(UsageError, match=f"without .*{newest.name} the run goes on from {path.name}"):
+        store.latest()
 
 
 # Each case is a forked child, so that torch is imported once.

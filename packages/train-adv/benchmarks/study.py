@@ -22,11 +22,11 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
     edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
-Nothing is chosen on test images. The sweeps (`rate` to `inputs`, and `edges`) train without a tenth of the training
-images, the same 5,000 for every arm, fixed by a seed of its own and stratified, and are judged on these alone; so is
-their standard model. The other parts take rate, beta and TRAIN's settings by the rules of `study_report.choose` from
-those figures (`--at`, `--trades` override them), are trained on all training images but their 2 % for validation, and
-are judged on the test images.
+No setting is chosen on test images (that `inputs` was swept at all is owed to some of them). The sweeps (`rate` to
+`inputs`, and `edges`) train without a tenth of the training images, the same 5,000 for every arm, fixed by a seed of
+its own and stratified, and are judged on these alone; so is their standard model. The other parts take rate, beta and
+TRAIN's settings by the rules of `study_report.choose` from those figures (`--at`, `--trades` override them), are
+trained on all training images but their 2 % for validation, and are judged on the test images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their

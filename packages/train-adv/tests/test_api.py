@@ -18,10 +18,12 @@ from train_adv.attacks.norms import check_epsilon
 from train_adv.cli import build
 from train_adv.commands.attack import _distinct
 from train_adv.commands.options import data_of
+from train_adv.data.dataset import Augment, DataSet, Resident
 from train_adv.data.folder import decode, image_folder
 from train_adv.data.load import digits
 from train_adv.evaluation.statistics import paired_difference
 from train_adv.topology.regularizer import TopologyRegularizer
+from train_adv.training import run as run_module
 from train_adv.training.trainer import Diverged
 
 QUICK = {"epochs": 1, "device": "cpu", "attack": {"steps": 1}, "validation": {"fraction": 0.2}, "batch_size": 64}
@@ -144,6 +146,48 @@ def test_a_setting_that_would_do_nothing_is_refused(settings, said, tmp_path):
         train_adv.fit(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)), digits(), runs=tmp_path,
                       **QUICK, **settings)  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_data_of_another_kind_are_refused_before_anything_is_written(tmp_path):
+    images, labels = torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.arange(40) % 2
+    for given, said in (
+        ((images.float(), labels), "float32 .* needed are uint8"),
+        ((images[0], labels), r"uint8 \(3, 8, 8\)"),
+        ((images.permute(0, 2, 3, 1), labels), "channels last"),
+        ((images, labels.int()), "labels are int32"),
+        ((images, labels[:30]), r"labels are int64 \(30,\)"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Resident(*given)
+    good = Resident(images, labels)
+    for bad in (labels + 1, labels - 1):
+        with pytest.raises(UsageError, match=r"test label (2|-1); its 2 classes are 0 to 1"):
+            DataSet("mine", ("a", "b"), good, Resident(images, bad), Augment())
+    data = DataSet("mine", ("a", "b"), good, good, Augment())
+    narrow = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 2))
+    for network, said in ((narrow, r"gives \(2, 3\) for 2 images of 2 classes"), (other, "does not take images")):
+        with pytest.raises(UsageError, match=said):
+            train_adv.fit(network, data, runs=tmp_path, **QUICK)
+    with pytest.raises(UsageError, match="data is a TensorDataset"):
+        train_adv.fit("small-cnn", torch.utils.data.TensorDataset(images, labels), runs=tmp_path, **QUICK)
+    with pytest.raises(UsageError, match=r"topology\.weight"):
+        train_adv.fit("small-cnn", data, topology="much", runs=tmp_path, **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_which_nothing_is_kept_leaves_its_name_free(tmp_path):
+    settings = {**QUICK, "name": "a", "runs": tmp_path, "batch_size": 1024}
+    with pytest.raises(Diverged, match="train anew"):
+        train_adv.fit("small-cnn", digits(), optimizer={"lr": 1e38}, **settings)
+    assert train_adv.fit("small-cnn", digits(), **settings).folder == tmp_path / "a"
+
+
+def test_a_best_epoch_that_is_the_last_is_measured_once(tmp_path, monkeypatch):
+    measured, real = [], run_module._Job._accuracies
+    monkeypatch.setattr(run_module._Job, "_accuracies", lambda *given: measured.append(given[3]) or real(*given))
+    result = train_adv.fit("small-cnn", digits(), runs=tmp_path, **QUICK).result
+    assert measured.count(20) == 1 and result["best"] == result["last"] and result["last"]["pgd20"] > 0
 
 
 def test_equal_answers_have_an_interval_and_odd_radii_and_batches_are_refused():

@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_adv
 from expkit.checkpoint import load_tensors, read_metadata, save_tensors
 from expkit.cli import main
 from train_adv.cli import VERBS, build
@@ -85,14 +86,23 @@ def test_attack_writes_images_inside_the_ball(runs, tmp_path, capsys):
 
     out = tmp_path / "adv"
     assert run("attack", str(runs / "one"), "--out", str(out), "--count", "6", "--json", str(tmp_path / "a.json")) == 0
-    assert "of 6 images are misclassified" in capsys.readouterr().out
+    said = capsys.readouterr().out
     assert Image.open(out / "grid.png").size[0] > 300
     images = digits().test.read(torch.arange(6))
     for index in range(6):
         written = torch.from_numpy(np.array(Image.open(out / f"test-{index:05d}.png")))
         change = (written.int() - images[index, 0].int()).abs().max()
         assert 0 < int(change) <= 0.2 * 255
-    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 6
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    model = train_adv.load(runs / "one")
+    with torch.no_grad():
+        natural = [str(each) for each in model(images.float() / 255).argmax(1).tolist()]
+    assert [row["natural"] for row in rows] == natural and [Path(row["file"]).exists() for row in rows] == 6 * [True]
+    assert all(row["broken"] == (row["natural"] == row["label"] != row["adversarial"]) for row in rows)
+    wrong = sum(row["natural"] != row["label"] for row in rows)
+    assert f"of 6 images {sum(row['broken'] for row in rows)} are misclassified by the attack, {wrong} were" in said
+    call = ["attack", str(runs / "one"), "--out", str(tmp_path / "none"), "--epsilon", "0", "--count", "40"]
+    assert run(*call) == 0 and "of 40 images 0 are misclassified by the attack" in capsys.readouterr().out
     assert (
         run("attack", str(runs / "one"), str(out / "test-00000.png"), "--out", str(out / "again"), "--target", "3") == 0
     )
@@ -157,7 +167,9 @@ def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
         (["train", "--data", "digits", "--runs", "TEXT"], "TEXT is a file"),
         (["eval", "RUNS/one", "--attacks", ","], "no attack"),
         (["eval", "RUNS/one", "--work", "TEXT"], "TEXT is a file"),
-        (["eval", "TEXT", "--data", "digits", "--epsilon", "0.1"], "not a readable safetensors file"),
+        (["eval", "TEXT", "--data", "digits", "--epsilon", "0.1"], "is no checkpoint"),
+        (["eval", "EMPTY"], "holds no best.safetensors"),
+        (["eval", "DAMAGED", "--data", "digits", "--epsilon", "0.1"], "not a readable safetensors file"),
         (["predict", "EMPTY", "--model", "RUNS/one"], "no images"),
         (["predict", "TEXT", "--model", "RUNS/one"], "1 of 1 images cannot be read"),
         (["attack", "RUNS/one", "--out", "TEXT/a"], "TEXT is a file"),
@@ -175,6 +187,8 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, 
     (tmp_path / "text.txt").write_text("no model, no image")
     put = {"RUNS": str(runs), "FOLDER": str(tmp_path / "images"), "EMPTY": str(tmp_path / "empty")}
     put["TEXT"] = str(tmp_path / "text.txt")
+    (tmp_path / "damaged.safetensors").write_text("no model")
+    put["DAMAGED"] = str(tmp_path / "damaged.safetensors")
 
     def fill(text: str) -> str:
         for key, value in put.items():

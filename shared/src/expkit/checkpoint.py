@@ -198,9 +198,15 @@ class CheckpointStore:
         return sorted(int(match.group(1)) for match in matches if match)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, or None. Raises UsageError if it is damaged."""
+        """The newest checkpoint, or None. Raises UsageError if it is damaged, and says which one is before it."""
         steps = self.steps()
-        return self._load(steps[-1]) if steps else None
+        try:
+            return self._load(steps[-1]) if steps else None
+        except UsageError as error:
+            if len(steps) < 2:
+                raise
+            newest, before = self._path(steps[-1]), self._path(steps[-2]).name
+            raise UsageError(f"{error}; without {newest} the run goes on from {before}") from error
 
     def best(self) -> Checkpoint | None:
         """The last checkpoint saved with `best=True`, or None. Raises UsageError if it is damaged."""

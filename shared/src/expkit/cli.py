@@ -84,8 +84,8 @@ def main(app: typer.Typer, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def console() -> Console:
-    """A rich console on stderr: stdout is for results."""
-    return Console(stderr=True)
+    """A rich console on stderr: stdout is for results. Lines are the terminal's to wrap, and whole in a log."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 def progress() -> Progress:

@@ -52,15 +52,18 @@ def fit(
     from expkit.config import flatten, load_config
     from expkit.distributed import join, leave
     from expkit.errors import UsageError
+    from train_adv.data.dataset import DataSet
     from train_adv.precision import process_as_before
     from train_adv.training.config import TrainConfig
     from train_adv.training.run import Given, train
 
-    table = topology if isinstance(topology, Mapping) else {"weight": float(topology)}
+    table = topology if isinstance(topology, Mapping) else {"weight": topology}
     flags: dict[str, Any] = flatten({**settings, "host": host, "name": name, "topology": table})
     if isinstance(model, str):
         flags["model"] = model
     if not isinstance(data, str):
+        if not isinstance(data, DataSet):
+            raise UsageError(f"data is a {type(data).__name__}; use a name, a folder or a train_adv DataSet")
         of_names = [key for key in flags if key.startswith("data.") and key not in ("data.name", "data.workers")]
         if of_names:
             raise UsageError(f"{of_names[0]} is for data that are read by name; change the DataSet instead")

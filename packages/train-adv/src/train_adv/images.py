@@ -64,9 +64,18 @@ def write_image(path: Path, image: Tensor, natural: Tensor) -> Tensor:
 
 
 def grid(
-    path: Path, images: Tensor, adversarial: Tensor, before: Sequence[str], after: Sequence[str], title: str
+    path: Path,
+    images: Tensor,
+    adversarial: Tensor,
+    labels: Sequence[str],
+    before: Sequence[str],
+    after: Sequence[str],
+    title: str,
 ) -> None:
-    """One column an image: the natural one, the adversarial one, and their difference magnified to the full range."""
+    """One column an image: the natural one, the adversarial one, and their difference magnified to the full range.
+
+    Above them what the model says, in red where it is not the label.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,11 +91,10 @@ def grid(
         for axis, (tensor, text) in zip(axes[:, column], shown, strict=True):
             array = tensor[column].permute(1, 2, 0).clamp(0, 1).cpu().numpy()
             axis.imshow(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array, interpolation="nearest")
-            wrong = text != before[column]
-            axis.set_title(text, fontsize=8, color="tab:red" if tensor is adversarial and wrong else "black")
+            axis.set_title(text, fontsize=8, color="black" if text == labels[column] else "tab:red")
             axis.set_xticks([])
             axis.set_yticks([])
-    for axis, label in zip(axes[:, 0], ("natural", "adversarial", f"difference x{2 * scale:.0f}"), strict=True):
+    for axis, label in zip(axes[:, 0], ("natural", "adversarial", f"difference x{scale:.3g}"), strict=True):
         axis.set_ylabel(label, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -102,6 +102,20 @@ def test_tiny_imagenet_takes_its_labels_from_the_annotations(tmp_path):
     assert data.image_shape == (3, 64, 64) and len(data.train) == 4
 
 
+def test_a_folder_is_split_class_by_class_and_a_class_without_images_is_refused(tmp_path, capsys):
+    for name, count in (("a", 20), ("b", 3), ("c", 1)):
+        for number in range(count):
+            write_image(tmp_path / name / f"{number}.png", 9 * number)
+    (tmp_path / ".cache").mkdir()
+    data = image_folder(tmp_path, size=8)
+    assert data.class_names == ("a", "b", "c")
+    assert data.train.labels.bincount().tolist() == [16, 2, 1] and data.test.labels.bincount().tolist() == [4, 1]
+    assert 'class "c"' in capsys.readouterr().err
+    (tmp_path / "void").mkdir()
+    with pytest.raises(UsageError, match='class "void" has no training image'):
+        image_folder(tmp_path, size=8)
+
+
 def test_an_image_folder_is_resized_and_split(tmp_path):
     for name, value in (("cat", 0), ("dog", 255)):
         for index in range(10):

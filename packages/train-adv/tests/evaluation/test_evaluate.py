@@ -207,6 +207,6 @@ def test_wrong_use_is_said(checkpoint, tmp_path):
         evaluate(path, data(), ["pgd"], SETTINGS, device=CPU, work=tmp_path, model=model)
     with pytest.raises(UsageError, match="8/255"):
         Settings(8)
-    other = replace(data(), class_names=tuple("abc"))
+    other = replace(data(), class_names=tuple("abcdef"))
     with pytest.raises(UsageError, match="5 classes"):
         module.require_fit(model, other, path)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch._inductor.config
 
 import train_adv
 from expkit.checkpoint import load_tensors
@@ -117,6 +122,24 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_deterministic_runs_are_the_same_to_the_bit(tmp_path):
     runs = [train_adv.fit("small-cnn", made(), name=name, runs=tmp_path, **SETTINGS) for name in ("one", "two")]
     assert same(*map(weights_of, runs))
+
+
+ALONE = """
+import sys
+import train_adv
+train_adv.fit("resnet18", "digits", host="trades", name=sys.argv[2], runs=sys.argv[1], epochs=1, batch_size=128,
+              deterministic=True, topology={"weight": 20.0, "reference_epochs": 1}, validation={"test": False})
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch._inductor.config, "deterministic"), reason="torch's compiler times its kernels")
+def test_deterministic_processes_that_share_no_compiled_kernel_are_the_same_to_the_bit(tmp_path):
+    for name in ("one", "two"):
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{name}")}
+        command = [sys.executable, "-c", ALONE, str(tmp_path), name]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    one, two = (load_tensors(tmp_path / name / "last.safetensors") for name in ("one", "two"))
+    assert same(one, two)
 
 
 def test_a_run_that_was_cut_off_records_its_graphs_anew_and_goes_on_to_the_bit(tmp_path, monkeypatch):

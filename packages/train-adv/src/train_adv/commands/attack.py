@@ -67,6 +67,8 @@ def run(
         raise UsageError(f"{min(taken)} would be overwritten; give another folder with --out")
     pixels = pixels.to(where)
     check_images(pixels)
+    with torch.no_grad():
+        before = classifier(pixels).argmax(1)
     goal = torch.full_like(labels, names.index(target)) if target is not None else None
     climbed = targeted_cross_entropy(goal) if goal is not None else make_loss(loss)
     attack = PGD(radius, 2.5 * radius / steps, steps, make_norm(kind))
@@ -77,17 +79,22 @@ def run(
     )
     with torch.no_grad():
         after = classifier(written.to(where)).argmax(1)
-    said = [[names[index] for index in each.tolist()] for each in (labels, after)]
+    own, first, now = ([names[index] for index in each.tolist()] for each in (labels, before, after))
     show = min(len(written), 10)
-    title = f"{model.name}, {kind} {radius:.4g}, PGD-{steps}"
-    grid(out / "grid.png", pixels[:show].cpu(), written[:show], said[0][:show], said[1][:show], title)
-    broken = (after == goal) & (labels != goal) if goal is not None else (after != labels)
-    what = f"now called {target}" if target is not None else "misclassified"
-    typer.echo(f"{out}: {int(broken.sum())} of {len(broken)} images are {what}; grid.png shows the first {show}")
+    title = f"{model.resolve().name}, {kind} {radius:.4g}, PGD-{steps} (red: not the label)"
+    grid(out / "grid.png", pixels[:show].cpu(), written[:show], own, first, now, title)
+    if goal is not None:
+        broken, already, what = (after == goal) & (before != goal), int((before == goal).sum()), f"called {target}"
+    else:
+        broken, already, what = (after != labels) & (before == labels), int((before != labels).sum()), "misclassified"
+    typer.echo(
+        f"{out}: of {len(broken)} images {int(broken.sum())} are {what} by the attack, {already} were before it; "
+        f"grid.png shows the first {show}"
+    )
     if json is not None:
         rows = [
-            {"image": str(path), "label": before, "adversarial": now, "broken": hit}
-            for path, before, now, hit in zip(paths, *said, broken.tolist(), strict=True)
+            dict(zip(("image", "file", "label", "natural", "adversarial", "broken"), each, strict=True))
+            for each in zip(map(str, paths), map(str, files), own, first, now, broken.tolist(), strict=True)
         ]
         about = {"epsilon": radius, "norm": kind, "steps": steps, "loss": loss, "target": target}
         write_json(json, {"rows": rows, "settings": about, **record})

@@ -25,7 +25,7 @@ def run(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the 1,294 training images.")] = 20,
     epsilon: Annotated[float, typer.Option(help="Linf radius, for images in [0, 1].")] = 0.3,
     steps: Annotated[int, typer.Option(min=1, help="Steps of PGD in training, a quarter of the radius each.")] = 5,
-    topology_weight: Annotated[float, typer.Option(help="lambda of TRAIN, softmax-cosine kernel.")] = 0.1,
+    topology_weight: Annotated[float, typer.Option(min=0, help="lambda of TRAIN, softmax-cosine kernel.")] = 0.1,
     out: Annotated[Path, typer.Option(help="Folder of the two pictures.")] = Path("train-adv-demo"),
     json: options.Json = None,
 ) -> None:

@@ -117,11 +117,14 @@ def data_of(name: str | None, data_dir: Path | None, checkpoint: Path) -> DataSe
 
 
 def require_there(checkpoint: Path) -> None:
-    """UsageError where there is no such file or folder."""
+    """UsageError where there is no such checkpoint, or a folder without one."""
     from expkit.errors import UsageError
+    from train_adv.models.checkpoint import find_model
 
     if not checkpoint.exists():
         raise UsageError(f"{checkpoint} does not exist")
+    if find_model(checkpoint).suffix != ".safetensors":
+        raise UsageError(f"{checkpoint} is no checkpoint; give a run's folder or a .safetensors file")
 
 
 def attack_of(epsilon: str | None, norm: str | None, checkpoint: Path) -> tuple[float, str]:

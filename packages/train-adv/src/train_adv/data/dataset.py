@@ -44,10 +44,25 @@ class Resident:
     Attributes:
         images: uint8 (n, channels, height, width).
         labels: int64 (n,).
+
+    Raises:
+        UsageError: tensors of another kind.
     """
 
     images: Tensor
     labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.dim() != 4:
+            raise UsageError(
+                f"images are {_kind(images)}; needed are uint8 of 0 to 255, (n, channels, height, width), as in "
+                "(images * 255).round().to(torch.uint8)"
+            )
+        if images.shape[1] > 4 >= images.shape[3]:
+            raise UsageError(f"images are {_kind(images)}, with their channels last; use images.permute(0, 3, 1, 2)")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UsageError(f"labels are {_kind(labels)}; needed are int64 ({len(images)},), one for each image")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -92,6 +107,9 @@ class DataSet:
         class_names: one for each label.
         train, test: the published splits.
         augment: what is customary for it.
+
+    Raises:
+        UsageError: a label that has no name.
     """
 
     name: str
@@ -100,11 +118,22 @@ class DataSet:
     test: Split
     augment: Augment
 
+    def __post_init__(self) -> None:
+        for part, split in (("training", self.train), ("test", self.test)):
+            low, high = (int(each) for each in split.labels.aminmax()) if len(split) else (0, 0)
+            if low < 0 or high >= len(self.class_names):
+                wrong, count = low if low < 0 else high, len(self.class_names)
+                raise UsageError(f"{self.name} has the {part} label {wrong}; its {count} classes are 0 to {count - 1}")
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         channels, height, width = self.train.read(torch.tensor([0])).shape[1:]
         return channels, height, width
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def stream_seed(*parts: int | str) -> int:

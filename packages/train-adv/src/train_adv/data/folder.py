@@ -118,7 +118,9 @@ class Streamed:
 def image_folder(
     root: Path, *, size: int, channels: int = 3, corrupt: CorruptPolicy = "refuse", resident_gib: float = 4.0
 ) -> DataSet:
-    """`root/train/CLASS/*` and `root/test/CLASS/*` (or val), or `root/CLASS/*`, a fifth of which becomes the test.
+    """`root/train/CLASS/*` and `root/test/CLASS/*` (or val), or `root/CLASS/*`, a fifth of each becoming the test.
+
+    Folders whose names begin with a dot are no classes.
 
     Args:
         size: images become size x size.
@@ -126,7 +128,7 @@ def image_folder(
         resident_gib: a split below this size is held in memory, a larger one is decoded along the way.
 
     Raises:
-        UsageError: no classes, no images, or other classes in the test split.
+        UsageError: no classes, no images, a class without any for training, or other classes in the test split.
     """
     if not root.is_dir():
         raise UsageError(f"image folder {root} does not exist")
@@ -134,20 +136,31 @@ def image_folder(
     base = root / "train" if (root / "train").is_dir() else root
     if base == root and test_root is not None:
         raise UsageError(f"{root} has a folder {test_root.name} and no folder train")
-    classes = sorted(entry.name for entry in base.iterdir() if entry.is_dir())
+    classes = _folders(base)
     train = shuffled(_list(base, classes))
     if test_root is not None:
-        unknown = sorted({entry.name for entry in test_root.iterdir() if entry.is_dir()} - set(classes))
+        unknown = sorted(set(_folders(test_root)) - set(classes))
         if unknown:
             raise UsageError(f'{test_root} has a class "{unknown[0]}" that {base} does not have')
         test = shuffled(_list(test_root, classes))
     else:
-        cut = len(train) // 5
-        train, test = train[cut:], train[:cut]
+        own = [[each for each in train if each[1] == label] for label in range(len(classes))]
+        cuts = [max(len(files) // 5, 1) if len(files) > 1 else 0 for files in own]
+        test = shuffled([each for files, cut in zip(own, cuts, strict=True) for each in files[:cut]])
+        train = shuffled([each for files, cut in zip(own, cuts, strict=True) for each in files[cut:]])
     if not train or not test:
         raise UsageError(f"{root} has {len(train)} training and {len(test)} test images; use ROOT/train/CLASS/IMAGE")
+    lacking = [set(range(len(classes))) - {label for _, label in files} for files in (train, test)]
+    if lacking[0]:
+        raise UsageError(f'class "{classes[min(lacking[0])]}" has no training image in {base}; remove the folder')
+    if lacking[1]:
+        print(f'warning: class "{classes[min(lacking[1])]}" of {root} has no test image', file=sys.stderr)
     splits = [_make(each, size, channels, corrupt, resident_gib) for each in (train, test)]
     return DataSet(str(root), tuple(classes), splits[0], splits[1], Augment(padding=size // 8))
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def shuffled(files: Sequence[tuple[Path, int]]) -> list[tuple[Path, int]]:

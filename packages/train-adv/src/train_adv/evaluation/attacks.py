@@ -154,7 +154,10 @@ class Evaluator:
         return standing
 
     def _autoattack(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
-        """The standard AutoAttack of its authors' own code, in fp32 or TF32; its bundled weights are never loaded."""
+        """The standard AutoAttack of its authors' own code, in fp32 or TF32; its bundled weights are never loaded.
+
+        In TF32 an image that falls there but not in fp32 is not tried further, and counts as standing.
+        """
         try:
             from pyautoattack import AutoAttack
         except ImportError:

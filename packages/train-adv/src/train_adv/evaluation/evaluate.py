@@ -106,11 +106,12 @@ def evaluate(
         settings.compiled,
         settings.seed,
     )
+    shown = path.resolve().parent.name
     with eval_mode(model), progress() as bar:
-        task = bar.add_task(path.parent.name, total=sum(_count(name, data, settings) for name in attacks))
+        task = bar.add_task(shown, total=sum(_count(name, data, settings) for name in attacks))
         found = {}
         for name in attacks:
-            bar.update(task, description=f"{path.parent.name}: {name}")
+            bar.update(task, description=f"{shown}: {name}")
             parts = []
             for number, indices in enumerate(
                 torch.split(torch.arange(_count(name, data, settings)), _chunk_size(name, settings, device))

@@ -69,7 +69,7 @@ class TopologyRegularizer(nn.Module):
             raise UsageError(f"kind is {kind!r}; use one of {', '.join(get_args(ReferenceKind))}")
         if statistics not in get_args(NaturalStatistics):
             raise UsageError(f"statistics is {statistics!r}; use one of {', '.join(get_args(NaturalStatistics))}")
-        if weight < 0 or not 0 <= decay <= 1 or warmup < 0:
+        if not 0 <= weight < float("inf") or not 0 <= decay <= 1 or warmup < 0:
             raise UsageError(f"weight {weight}, decay {decay}, warmup {warmup}: out of range")
         if reference is None:
             if kind != "ema":

@@ -73,7 +73,8 @@ def run_name(path: Path) -> str:
     """How a checkpoint is called: by its run, and its file where that is not the best one."""
     if path.is_dir():
         return path.name
-    return path.parent.name if path.stem == "best" else f"{path.parent.name}/{path.stem}"
+    folder = path.resolve().parent.name
+    return folder if path.stem == "best" else f"{folder}/{path.stem}"
 
 
 def rows(found: Sequence[Measured], labels: Tensor, classes: int) -> list[dict[str, Any]]:

@@ -42,8 +42,13 @@ def right_answers(
     device: torch.device,
     perturb: Perturb | None = None,
     seed: int = 0,
+    advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Boolean (n,), on the CPU: which images, perturbed if asked for, the model classifies rightly."""
+    """Boolean (n,), on the CPU: which images, perturbed if asked for, the model classifies rightly.
+
+    Args:
+        advance: is told how many images were done, batch by batch.
+    """
     found = []
     with eval_mode(model), tf32(False):
         for number, (images, labels, count) in enumerate(batches_of(split, size, device)):
@@ -51,18 +56,27 @@ def right_answers(
                 generator = torch.Generator(device).manual_seed(stream_seed(seed, "measure", number))
                 images = perturb(images, labels, generator)
             found.append(right(logits_of(model, images), labels)[:count])
+            if advance is not None:
+                advance(count)
     return torch.cat(found).cpu()
 
 
 def right_under_pgd(
-    model: Classifier, split: Split, attack: PGD, *, size: int, device: torch.device, seed: int = 0
+    model: Classifier,
+    split: Split,
+    attack: PGD,
+    *,
+    size: int,
+    device: torch.device,
+    seed: int = 0,
+    advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Boolean (n,), on the CPU: which images withstand PGD on the cross-entropy."""
+    """Boolean (n,), on the CPU: which images withstand PGD on the cross-entropy; `advance` as in `right_answers`."""
 
     def perturb(images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         return attack(model, images, labels, generator=generator)
 
-    return right_answers(model, split, size=size, device=device, perturb=perturb, seed=seed)
+    return right_answers(model, split, size=size, device=device, perturb=perturb, seed=seed, advance=advance)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from train_adv.hosts.make import make_host
 from train_adv.models.build import build
 from train_adv.models.checkpoint import load_model, load_weights, save_model
 from train_adv.models.classifier import Classifier, ModelSpec
+from train_adv.modes import eval_mode
 from train_adv.precision import training_precision
 from train_adv.topology import metrics
 from train_adv.topology.loss import TopologyLoss
@@ -86,10 +88,11 @@ def train(
     device, dtype = training_precision(config.device, config.dtype, deterministic=config.deterministic)
     data = given.data if given.data is not None else read_data(config.data)
     spec = describe(config, data, given)
+    if given.model is not None:
+        _require_logits(_fresh(spec, given))
     folder = runs / config.name
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
-    begun = resume
     try:
         reference = _reference(config, folder, spec, world, resume=resume, given=Given(data, given.model))
         job = _Job(config, data, spec, given, reference, device, dtype, world, run, folder)
@@ -97,10 +100,10 @@ def train(
             checkpoint = CheckpointStore(folder / "checkpoints").latest()
             if checkpoint is not None:
                 job.trainer.restore(checkpoint.tensors, checkpoint.state)
-        begun = True
         job.fit()
-    except UsageError:
-        if run is not None and not begun and not (folder / REFERENCE).exists():
+    except Exception:
+        kept = (folder / REFERENCE).exists() or CheckpointStore(folder / "checkpoints").steps()
+        if run is not None and not resume and not kept:
             shutil.rmtree(folder, ignore_errors=True)  # nothing came of it, and its name shall stay free
         raise
     finally:
@@ -137,6 +140,20 @@ def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
 
 def _fresh(spec: ModelSpec, given: Given) -> Classifier:
     return Classifier(given.model(), spec) if given.model is not None else build(spec)
+
+
+@torch.no_grad()
+def _require_logits(model: Classifier) -> None:
+    """Raise UsageError where a network of the caller's does not give a logit for each class."""
+    classes, images = len(model.spec.class_names), torch.zeros(2, *model.spec.image_shape)
+    try:
+        with eval_mode(model):
+            shape = tuple(model(images).shape)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the network does not take images {tuple(images.shape)}: {error}") from None
+    if shape != (2, classes):
+        need = f"needed are logits (2, {classes})"
+        raise UsageError(f"the network gives {shape} for 2 images of {classes} classes; {need}")
 
 
 def _reference(
@@ -201,7 +218,7 @@ class _Job:
             augment=data.augment,
             device=device,
             world=world,
-            workers=config.data.workers,
+            workers=min(config.data.workers, os.cpu_count() or 1),
         )
         seed_everything(config.seed)
         model = _fresh(spec, given)
@@ -300,7 +317,7 @@ class _Job:
             if self.world.size > 1:  # each had other batches
                 average_statistics([average.model])
         model = trainer.deliverable
-        figures.update(self._accuracies(model, self.held, config.validation.steps, "val"))
+        figures["val_natural"], figures["val_pgd"] = self._accuracies(model, self.held, config.validation.steps)
         if config.topology.metrics and self.reference is not None:
             figures.update(self._topology_metrics(model))
         figures = of_main(figures, self.world)
@@ -318,7 +335,9 @@ class _Job:
                 if config.guard.stop:
                     now.stopped = warning
 
-    def _accuracies(self, model: Classifier, split: Split, steps: int, prefix: str) -> dict[str, float]:
+    def _accuracies(
+        self, model: Classifier, split: Split, steps: int, advance: Callable[[int], object] | None = None
+    ) -> tuple[float, float]:
         """Natural and PGD accuracy. PGD's step is a quarter of epsilon, whatever the training attack's is."""
         settings, world, seed = self.config.attack, self.world, self.config.seed
         assert settings.epsilon is not None  # resolved
@@ -327,11 +346,13 @@ class _Job:
         counts = torch.zeros(2, dtype=torch.float64, device=self.device)
         if len(own):
             size = self.config.validation.batch_size
-            natural = right_answers(model, own, size=size, device=self.device)
-            robust = right_under_pgd(model, own, attack, size=size, device=self.device, seed=seed + world.rank)
+            natural = right_answers(model, own, size=size, device=self.device, advance=advance)
+            robust = right_under_pgd(
+                model, own, attack, size=size, device=self.device, seed=seed + world.rank, advance=advance
+            )
             counts += torch.stack([natural.sum(), robust.sum()]).to(counts)
         right, standing = (total(counts, world) / len(split)).tolist()
-        return {f"{prefix}_natural": right, f"{prefix}_pgd": standing}
+        return right, standing
 
     def _topology_metrics(self, model: Classifier) -> dict[str, float]:
         assert self.reference is not None
@@ -360,13 +381,12 @@ class _Job:
         chosen = {"best": now.best_epoch, "last": now.epoch}
         report: dict[str, Any] = {}
         model = self.trainer.deliverable
+        measured = self._measured(model, chosen) if config.validation.test else {}
         for name, epoch in chosen.items():
-            self._load(model, name)
             entry = next(each for each in now.history if each["epoch"] == epoch)
             report[name] = dict(entry)
-            if config.validation.test:
-                found = self._accuracies(model, self.data.test, 20, "test")
-                report[name].update(natural=found["test_natural"], pgd20=found["test_pgd"])
+            if measured:
+                report[name]["natural"], report[name]["pgd20"] = measured[epoch]
         images = self.batches.steps * config.batch_size * now.epoch
         result = {
             **record,
@@ -390,6 +410,25 @@ class _Job:
         self._load(model, "best")
         barrier()  # none goes on to read what the main one still writes
         return Outcome(self.folder, result, model.eval().requires_grad_(True))  # an average asked for no gradient
+
+    def _measured(self, model: Classifier, chosen: dict[str, int]) -> dict[int, tuple[float, float]]:
+        """Natural and PGD-20 accuracy on the test split, by epoch: the best one is often the last."""
+        split, found = self.data.test, {}
+        with progress() as bar:
+            task = None
+            if self.run is not None:
+                total = 2 * len(split) * len(set(chosen.values()))
+                task = bar.add_task(f"{self.config.name}: test images, plain and under PGD-20", total=total)
+
+            def advance(count: int) -> None:
+                if task is not None:
+                    bar.advance(task, count * self.world.size)  # as the others go on alike
+
+            for name, epoch in chosen.items():
+                if epoch not in found:
+                    self._load(model, name)
+                    found[epoch] = self._accuracies(model, split, 20, advance)
+        return found
 
     def _load(self, model: Classifier, name: str) -> None:
         if self.run is not None:

@@ -360,7 +360,7 @@ class Trainer:
     def _advice(self) -> str:
         """What to do about a loss or a model that is no number."""
         lower = "topology.weight or optimizer.lr" if self.config.topology.active else "optimizer.lr"
-        return f"lower {lower}; checkpoints before it are kept"
+        return f"lower {lower} and train anew, under another name where checkpoints were kept"
 
     def _topology_state(self, topology: TopologyRegularizer) -> dict[str, Any]:
         norms = {name: float(topology.last[name]) for name in NORMS if name in topology.last}
