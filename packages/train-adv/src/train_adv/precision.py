@@ -34,7 +34,7 @@ def training_precision(device_name: str, dtype_name: str, *, deterministic: bool
         raise UsageError("training in float16 would need loss scaling and is not supported; use dtype bf16 or fp32")
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    compiler = _compiler() if device.type == "cuda" else None
+    compiler = _compiler()
     if compiler is not None:
         compiler.deterministic = deterministic
     return device, dtype
@@ -55,6 +55,6 @@ def process_as_before() -> Iterator[None]:
 
 
 def _compiler() -> Any:
-    """The compiler's settings, where it can be kept from timing kernels: older torch has no such setting."""
-    settings = import_module("torch._inductor.config")
+    """The compiler's settings, where it times kernels and can be kept from it: older torch has no such setting."""
+    settings = import_module("torch._inductor.config") if torch.cuda.is_available() else None
     return settings if hasattr(settings, "deterministic") else None
