@@ -18,6 +18,7 @@ from PIL import Image
 import pden
 from expkit.checkpoint import load_tensors
 from expkit.cli import main
+from expkit.errors import UsageError
 from pden.cli import build
 
 SHORT = [
@@ -75,6 +76,9 @@ def test_load_gives_model_and_transforms(trained):
     assert labels.shape == (8,) and ((0 < probabilities) & (probabilities <= 1)).all()
     assert torch.equal(labels, found.predict(images[:, :1])[0])  # grey is copied to colour
     assert found.generators[0](images[0]).dtype == torch.uint8
+    for odd, said in ((images[:, :, :16], "square ones"), (images.numpy(), "takes a tensor"), (images[0], "a tensor")):
+        with pytest.raises(UsageError, match=said):
+            found.predict(odd)
     averaged = pden.load(trained, "averaged")
     assert not torch.equal(averaged.predict(images)[1], probabilities)
 
@@ -172,17 +176,66 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["train", "--preset", "tiny", "--runs", "file"], "is a file"),
         (["demo", "--out", "file"], "is a file"),
         (["compare", "odd.json"], "holds no figures of a run"),
+        (["train", "--set", "loss.cycle=nan"], "loss weights must be numbers"),
+        (["train", "--set", "optimizer.lr=inf"], "optimizer.lr is inf"),
+        (["train", "--set", "gate.mode=off", "--set", "stop.patience=1"], "stop.patience counts what the gate"),
+        (["train", "--preset", "tiny", "--source", "odd.npz#wide,y"], "images of 32x46"),
+        (["train", "--preset", "tiny", "--source", "odd.npz#words,y"], "images of <U1"),
+        (["train", "--preset", "tiny", "--seeds", "0,99999999999", "--target", "usps"], "below 2**31"),
+        (["gallery", "nowhere", "--out", "g.jpg"], "ends in .png"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
+    wide, labels = np.zeros((20, 20, 29), np.uint8), np.arange(20) % 2
+    np.savez(tmp_path / "odd.npz", wide=wide, words=np.full((20, 4, 4), "a"), y=labels)
     (tmp_path / "odd.json").write_text('{"selections": {"last": {"targets": {}, "average": 0}}}')
     assert run(*arguments) == 2
     message = capsys.readouterr().err.strip()
     assert said in message and "Traceback" not in message
     assert message.count("\n") == 0
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+def test_seeds_that_are_there_must_be_of_these_settings(tmp_path, capsys):
+    call = [*TINY, "--method", "erm", "--runs", tmp_path, "--name", "s", "--seeds", "0,1", "--target", "digits-thick",
+            "--set", "data.target_every=0"]  # fmt: skip
+    assert run(*call, "--json", tmp_path / "a.json") == 0
+    assert set(json.loads((tmp_path / "a.json").read_text())["selections"]) >= {"last", "averaged"}
+    capsys.readouterr()
+    assert run(*call, "--set", "optimizer.lr=0.5") == 2 and "changed config: optimizer.lr" in capsys.readouterr().err
+    assert run(*call) == 0
+    assert run("compare", tmp_path / "s-seed0", tmp_path / "s-seed1", tmp_path / "s-seed0") == 2
+    assert "seed 0 is there more than once" in capsys.readouterr().err
+    assert run(*TINY, "--runs", tmp_path, "--seeds", "0,1", "--source", "nope", "--target", "digits-thick") == 2
+    assert "2 of 2 runs refused what they were given" in capsys.readouterr().err
+
+
+def test_averages_over_other_targets_are_left_out(trained, tmp_path, capsys):
+    assert run(*TINY, "--runs", tmp_path, "--name", "o", "--method", "erm", "--target", "digits-inverted") == 0
+    capsys.readouterr()
+    assert run("compare", trained, tmp_path / "o", "--plot", tmp_path / "c.png") == 0
+    said = capsys.readouterr().out
+    assert "averages compare nothing" in said and "| - |" in said.splitlines()[-4]
+
+
+def test_a_run_of_which_nothing_is_kept_leaves_its_name_free(tmp_path, capsys):
+    call = [*TINY, "--runs", tmp_path, "--name", "a"]
+    assert run(*call, "--set", "optimizer.lr=1e30") == 2 and "train anew" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_baseline_that_cannot_grow_says_so(tmp_path, capsys):
+    assert run(*TINY, "--runs", tmp_path, "--method", "ada") == 0
+    assert "adds images at steps 100, 200, 300, and this run ends after" in capsys.readouterr().err
+
+
+def test_predict_reads_what_expand_writes(trained, tmp_path, capsys):
+    assert run("expand", trained, "--out", tmp_path / "out", "--limit", 20) == 0
+    capsys.readouterr()
+    assert run("predict", trained, tmp_path / "out") == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(list((tmp_path / "out").rglob("*.png"))) > 0
 
 
 def test_set_takes_keys_that_have_a_flag_too_and_the_flag_wins(tmp_path, capsys):

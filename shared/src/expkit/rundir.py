@@ -63,7 +63,7 @@ class RunDir:
         checkpoints = CheckpointStore(path / "checkpoints")
         metrics = path / "metrics.jsonl"
         if resume:
-            _require_same(path / "config.toml", text)
+            require_same(path / "config.toml", text)
             steps = checkpoints.steps()
             truncate(metrics, after_step=steps[-1] if steps else -1)
         else:
@@ -93,7 +93,8 @@ def evidence(seed: int | None = None) -> dict[str, Any]:
     }
 
 
-def _require_same(path: Path, text: str) -> None:
+def require_same(path: Path, text: str) -> None:
+    """Raise UsageError where a run's `config.toml` is not there, is damaged, or says something else than `text`."""
     if not path.is_file():
         raise UsageError(f"nothing to resume: {path} does not exist")
     try:

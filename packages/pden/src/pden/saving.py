@@ -51,10 +51,22 @@ class Expanded:
         Args:
             images: uint8 or floats in [0, 1], ``(batch, channels, height, width)``; resized to the model's size, and
                 grey ones copied to colour.
+
+        Raises:
+            UsageError: no such tensor, bad pixels, or a shape that the model does not take.
         """
+        if not isinstance(images, Tensor) or images.dim() != 4:
+            raise UsageError("predict takes a tensor (batch, channels, height, width)")
         device = next(self.model.parameters()).device
         fitted = fit_images(to_uint8(images, "images"), self.size, self.channels, "images").to(device)
-        probabilities = torch.cat([self.model(part.float() / 255).softmax(dim=1) for part in torch.split(fitted, 512)])
+        try:
+            parts = [self.model(part.float() / 255).softmax(dim=1) for part in torch.split(fitted, 512)]
+        except RuntimeError as error:
+            if fitted.shape[-2] == fitted.shape[-1]:
+                raise
+            shape = "x".join(map(str, fitted.shape[-2:]))
+            raise UsageError(f"images of {shape}; this model takes square ones") from error
+        probabilities = torch.cat(parts)
         top = probabilities.max(dim=1)
         return top.indices, top.values
 
@@ -83,6 +95,30 @@ def save_model(
     write_json(folder / "model.json", {**settings, "selections": list(selections), "generators": made})
 
 
+def saved_selections(run: str | Path) -> list[str]:
+    """Which of `SELECTIONS` a finished run has.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    _, about = _read(run)
+    return list(about["selections"])
+
+
+def _read(run: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A model's folder and its `model.json`."""
+    folder = Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
+    path = folder / "model.json"
+    if not path.is_file():
+        raise UsageError(f"{run} holds no trained model ({path} does not exist); train it, or --resume its training")
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        list(about["selections"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged or of another version ({type(error).__name__}: {error})") from None
+    return folder, about
+
+
 def load(run: str | Path, selection: str = "last", device: str | torch.device = "cpu") -> Expanded:
     """The model and generators of a finished run.
 
@@ -94,13 +130,9 @@ def load(run: str | Path, selection: str = "last", device: str | torch.device = 
     Raises:
         UsageError: no finished run, no such selection, or files that are damaged or another model's.
     """
-    folder = Path(run) / "model" if (Path(run) / "model").is_dir() else Path(run)
-    path = folder / "model.json"
-    if not path.is_file():
-        raise UsageError(f"{run} holds no trained model ({path} does not exist); train it, or --resume its training")
-    place = resolve_device(str(device))
+    folder, about = _read(run)
+    path, place = folder / "model.json", resolve_device(str(device))
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
         if selection not in about["selections"]:
             raise UsageError(f'{run} has no selection "{selection}"; it has {", ".join(about["selections"])}')
         return Expanded(

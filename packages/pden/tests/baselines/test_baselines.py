@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageOps
 
 from expkit.errors import UsageError
-from pden.baselines import BASELINES, Ada, AugMix, MeAda, RandAugment, RandConv, build_baseline
+from pden.baselines import BASELINES, Ada, AugMix, MeAda, RandAugment, RandConv, build_baseline, operations
 from pden.baselines.ada import entropy
 from pden.baselines.augmix import jensen_shannon
-from pden.baselines.operations import NAMES, dirichlet, operate, random_operation
+from pden.baselines.operations import NAMES, dirichlet, operate, posterize_strongly, random_operation
 from pden.models import build_model
 from pden.training.stream import Stream
 from tiny_domains import finish, tiny_domain, tiny_trainer, weights
@@ -49,7 +49,7 @@ def test_every_baseline_trains_in_the_harness(method):
     assert (trainer.grown is None) == (method not in grows)
 
 
-def test_ada_grows_the_pool_by_the_source_before_the_steps_it_names():
+def test_ada_doubles_the_pool_before_the_steps_it_names():
     trainer = tiny_trainer(method="ada")
     trainer.baseline.growth = (2, 8)
     finish(trainer, 2)
@@ -57,7 +57,9 @@ def test_ada_grows_the_pool_by_the_source_before_the_steps_it_names():
     finish(trainer, 1)
     assert len(trainer.grown[0]) == len(trainer.source)
     finish(trainer)
-    assert torch.equal(trainer.grown[1], trainer.source.labels.repeat(2))
+    assert torch.equal(trainer.grown[1], trainer.source.labels.repeat(3))
+    copies, of_copies = trainer.grown[0][:60], trainer.grown[0][120:]
+    assert not torch.equal(copies, of_copies) and (copies - of_copies).abs().mean() < 0.2
 
 
 def adversary(method: Ada) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module, torch.Tensor]:
@@ -161,3 +163,79 @@ def test_each_image_gets_an_operation_of_its_own():
 def test_an_unknown_method_is_refused():
     with pytest.raises(UsageError, match="use pden, erm, randaugment"):
         build_baseline("magic")
+
+
+def test_a_step_of_ada_is_the_published_one():
+    """Up the mean loss of 32 images less their mean squared distance, on pixels in [0, 1]; cut to them at the end."""
+    trainer = tiny_trainer(method="erm", pretrain_steps=6, rounds=0)
+    finish(trainer)
+    images, labels = trainer.source.batch(torch.arange(8))
+    for method, eta in ((Ada(steps=2, lr=30.0, gamma=0.5), 0.0), (MeAda(steps=2, lr=30.0, gamma=0.5), 10.0)):
+        model, expected = trainer.task.eval(), images.clone()
+        anchor = model.full(images).features.detach()
+        for _ in range(2):
+            expected.requires_grad_()
+            seen = model.full(expected)
+            cost = torch.nn.functional.cross_entropy(seen.logits, labels, reduction="sum")
+            chances = seen.logits.softmax(dim=1)
+            spread = -(chances * chances.log()).sum()
+            loss = (cost + eta * spread - 0.5 * (seen.features - anchor).square().mean(dim=1).sum()) / 32
+            expected = expected.detach() + 30.0 * torch.autograd.grad(loss, expected)[0]
+        assert torch.allclose(method.worst(model, images, labels), expected.clamp(0, 1), atol=1e-4)
+
+
+def test_the_defaults_are_the_published_ones():
+    assert (Ada().gamma, Ada().lr, Ada().steps, Ada().eta, Ada().growth) == (1.0, 1.0, 15, 0.0, (100, 200, 300))
+    assert (MeAda().eta, MeAda().gamma, MeAda().steps) == (10.0, 1.0, 15)
+    assert (AugMix().weight, AugMix().chains, AugMix().depth, AugMix().magnitude) == (12.0, 3, 3, 0.3)
+    assert (RandConv().weight, RandConv().count, RandConv().kernels) == (10.0, 3, (1, 3, 5, 7))
+
+
+@pytest.mark.parametrize("method", [AugMix(weight=3.0), RandConv(weight=3.0)])
+def test_the_consistency_is_weighed(method):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 4))
+    images, labels = pictures(), torch.arange(3)
+    views = method.views(images, Stream(CPU, 3))
+    logits = model(views).unflatten(0, (3, 3))
+    apart = float(jensen_shannon(logits))
+    wanted = float(torch.nn.functional.cross_entropy(logits[0], labels)) + 3.0 * apart
+    assert apart > 1e-4 and float(method.loss(model, views, labels)) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_random_convolution_is_mixed_with_the_image_and_of_every_size(monkeypatch):
+    images, sizes, apart = pictures(), set(), []
+    real = torch.nn.functional.conv2d
+
+    def seen(padded, weight):
+        sizes.add(weight.shape[-1])
+        made = real(padded, weight)
+        apart.append((made, weight))
+        return made
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", seen)
+    for seed in range(30):
+        made = RandConv().convolved(images, Stream(CPU, seed)) * 2 - 1
+        textured = apart[-1][0]
+        shares = (made - textured) / (images * 2 - 1 - textured)
+        assert float(shares.median()) == pytest.approx(Stream(CPU, seed).host.random(), abs=2) and shares.std() < 0.5
+        apart[-1] = (shares.median(), None)
+    assert sizes == {1, 3, 5, 7}
+    assert len({round(float(share), 2) for share, _ in apart}) > 15 and all(-0.01 < float(s) < 1.01 for s, _ in apart)
+
+
+def test_augmix_applies_its_chains():
+    images = pictures()
+    made = AugMix(magnitude=1.0).mixed(images, 20, Stream(CPU, 1))
+    assert float((made - images).abs().mean()) > 0.02
+    grey = torch.linspace(0, 1, 256).expand(1, 3, 1, 256)
+    levels = [len(posterize_strongly(grey, torch.tensor(each)).unique()) for each in (0.0, 0.24, 0.3, 0.6, 0.9)]
+    assert levels == [16, 16, 8, 4, 2]
+
+
+def test_randaugment_has_one_magnitude(monkeypatch):
+    seen = []
+    monkeypatch.setattr(operations, "operate", lambda images, kinds, strength, *more: seen.append(strength) or images)
+    RandAugment(magnitude=0.4).views(torch.rand(50, 3, 8, 8), Stream(CPU, 0))
+    strengths = torch.cat(seen)
+    assert len(strengths) == 100 and strengths.abs().unique().tolist() == pytest.approx([0.4])
+    assert (strengths > 0).any() and (strengths < 0).any()

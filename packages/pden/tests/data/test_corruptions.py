@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
-from pden.data.corruptions import COMMON, CORRUPTIONS, EXTRA, corrupt
+from pden.data.corruptions import COMMON, CORRUPTIONS, EXTRA, blur, corrupt
 from pden.data.corruptions.digital import pixelate, saturate
 from pden.data.corruptions.kernels import clipped_zoom, gaussian, motion, plasma
 from pden.data.corruptions.weather import brightness
@@ -131,10 +131,41 @@ def test_plasma_is_rougher_where_it_decays_less():
     assert steps(rough) > 1.5 * steps(smooth)
 
 
-def test_noise_has_the_published_spread():
+@pytest.mark.parametrize("level", range(1, 6))
+def test_levels_are_the_published_ones(level, monkeypatch):
+    """Of CIFAR-10-C: what can be read off an image, or off the steps that are taken."""
+    grey = torch.full((8, 3, 32, 32), 128, dtype=torch.uint8)
+    noisy = corrupt(grey, "gaussian_noise", level, rng()).float() / 255
+    assert float(noisy.std()) == pytest.approx((0.04, 0.06, 0.08, 0.09, 0.10)[level - 1], rel=0.03)
+    counted = corrupt(grey, "shot_noise", level, rng()).float() / 255
+    photons = (500, 250, 100, 75, 50)[level - 1]
+    assert float(counted.std()) == pytest.approx((128 / 255 / photons) ** 0.5, rel=0.05)
+    halves = grey.clone()
+    halves[..., 16:] = 228
+    flat = corrupt(halves, "contrast", level, rng()).float()
+    left = (0.75, 0.5, 0.4, 0.3, 0.15)[level - 1]
+    assert float(flat[..., 16:].mean() - flat[..., :16].mean()) == pytest.approx(100 * left, abs=1)
+    zooms: list[float] = []
+    monkeypatch.setattr(blur, "clipped_zoom", lambda images, factor: zooms.append(factor) or images)
+    corrupt(halves, "zoom_blur", level, rng())
+    steps = np.arange(1, (1.06, 1.11, 1.16, 1.21, 1.26)[level - 1], 0.01)  # one more than it looks, by rounding
+    assert zooms == pytest.approx(steps.tolist())
+    rounds: list[int] = []
+    real = torch.randint
+    monkeypatch.setattr(torch, "randint", lambda *given, **more: rounds.append(1) or real(*given, **more))
+    corrupt(halves, "glass_blur", level, rng())
+    assert len(rounds) == 30 * 30 * (1, 1, 1, 2, 2)[level - 1]
+
+
+def test_a_field_of_shifts_is_smoothed_as_scipy_reflects():
+    field = torch.rand(1, 2, 32, 32, generator=rng())
+    mine = gaussian(field, 3.0, truncate=3, mode="symmetric")[0]
+    theirs = [gaussian_filter(each.numpy(), 3.0, mode="reflect", truncate=3) for each in field[0]]
+    assert np.allclose(mine.numpy(), theirs, atol=1e-5)
+
+
+def test_impulses_are_as_many_as_published():
     grey = torch.full((4, 3, 32, 32), 128, dtype=torch.uint8)
-    made = corrupt(grey, "gaussian_noise", 5, rng()).float() / 255
-    assert float(made.std()) == pytest.approx(0.10, rel=0.05)
     salted = corrupt(grey, "impulse_noise", 5, rng())
     assert float(((salted == 0) | (salted == 255)).float().mean()) == pytest.approx(0.07, rel=0.1)
 

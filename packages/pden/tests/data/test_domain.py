@@ -87,7 +87,7 @@ def test_arrays_of_one_file(tmp_path):
         (f"{file}#x,z", 'no array "z"; it has x, y, wrong'),
         (f"{file}#x", "FILE.npz#x_key,y_key"),
         (f"{file}#x,wrong", "needed are integers"),
-        (f"{file}#y,y", "images of shape"),
+        (f"{file}#y,y", "images of int64"),
         (f"{tmp_path}/none.npz#x,y", "does not exist"),
     ]:
         with pytest.raises(UsageError) as error:
@@ -274,3 +274,46 @@ def test_a_part_of_a_sorted_domain_has_all_its_classes(count):
     part = domain.spread(count)
     assert len(part) == min(count, 60)
     assert part.present == (domain.present if count >= 3 else [0])
+
+
+def test_tensors_of_another_kind_are_refused():
+    labels = torch.arange(6) % 2
+    for images, given, said in (
+        (torch.rand(6, 3, 8, 8), labels, "float32 .* needed are uint8"),
+        (torch.zeros(6, 8, 8, dtype=torch.uint8), labels, r"uint8 \(6, 8, 8\)"),
+        (torch.zeros(6, 3, 8, 8, dtype=torch.uint8), labels.float(), "labels are float32"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            Domain("odd", images, given, ("a", "b"))
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Any items."""
+
+    def __init__(self, *items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_odd_datasets_are_refused_and_grey_ones_without_channels_taken():
+    image, broken = torch.rand(3, 8, 8), torch.full((3, 8, 8), torch.nan)
+    for dataset, said in (
+        (Pairs((image, 0), (broken, 1)), "image 1 has pixels that are not numbers"),
+        (Pairs((image, 0.5)), "label 0 is float32"),
+        (Pairs((image, torch.tensor([0, 1]))), "label 0 is int64"),
+        (Pairs((np.zeros((8, 8, 3), np.uint8), 0)), "item 0 is no pair of an image"),
+        (Pairs(image), "item 0 is no pair"),
+        (iter([(image, 0)]), "no length or no items"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            from_dataset(dataset, "odd")
+    grey = from_dataset(Pairs((torch.rand(8, 8), 0), (torch.rand(8, 8), 1)), "grey")
+    assert grey.images.shape == (2, 1, 8, 8)
+    whole = Pairs((image, 0), (image, 1))
+    whole.classes = ["cat", "dog"]
+    assert from_dataset(torch.utils.data.Subset(whole, [0]), "part").classes == ("cat", "dog")

@@ -167,6 +167,8 @@ def test_settings_rebuild_a_generator(kind):
         (torch.rand(2, 1, 32, 32), None, "takes 3 channel"),
         (torch.rand(32, 32), None, "shape (32, 32)"),
         (torch.rand(2, 3, 32, 32), torch.randn(1, 10), "must be (2, 10)"),
+        (255 * torch.ones(2, 3, 32, 32), None, "pixels from 255 to 255"),
+        (torch.full((2, 3, 32, 32), torch.nan), None, "image 0 has pixels that are not numbers"),
     ],
 )
 def test_wrong_images_or_noise_are_refused(images, noise, said):

@@ -149,7 +149,7 @@ def test_diversity_loss_is_clamped_and_has_no_gradient_beyond_the_limit(seed, li
     expected = min(
         sum(abs(a - b) for a, b in zip(first.flatten().tolist(), second.flatten().tolist(), strict=True)) / 12, limit
     )
-    loss = diversity_loss(first, second, limit)
+    loss = diversity_loss(diversity(first, second), limit)
     assert float(loss.detach()) == pytest.approx(-expected, abs=1e-5)
     loss.backward()
     if float(diversity(first, second).detach()) > limit:

@@ -10,16 +10,18 @@ from pden.baselines.erm import Erm
 from pden.models import TaskModel
 
 _CHUNK = 256
+_BATCH = 32  # the published loss is the mean over so many images, which divides each image's step
 
 
 class Ada(Erm):
-    """Early in training, while the loss still has a slope, the pool grows by adversarial copies of the source.
+    """Early in training, while the loss still has a slope, the pool grows by an adversarial copy of each of its images:
+    step, distance and doubling are those of the code published with ME-ADA.
 
     Args:
         growth: steps before which it does so; after 100, 200 and 300 steps by default.
         steps: of gradient ascent on the pixels.
-        lr: of those, per image, with pixels in [-1, 1].
-        gamma: weight of the squared distance to the source's features.
+        lr: of those, on pixels in [0, 1] and the mean loss of batches of 32.
+        gamma: weight of the mean squared distance to the image's own features.
         eta: weight of the predictions' entropy; ME-ADA sets it.
     """
 
@@ -36,8 +38,7 @@ class Ada(Erm):
     def grow(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
         model.eval()
         parts = zip(torch.split(images, _CHUNK), torch.split(labels, _CHUNK), strict=True)
-        made = [self.worst(model, part.float() / 255, answer) for part, answer in parts]
-        return torch.cat([(each * 255).round().to(torch.uint8) for each in made])
+        return torch.cat([self.worst(model, part.float(), answer).half() for part, answer in parts])
 
     def worst(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
         """Images in [0, 1] moved up the loss; the model must be in eval mode."""
@@ -51,9 +52,8 @@ class Ada(Erm):
             away = (seen.features.float() - anchor).square().flatten(1).mean(dim=1).sum()
             gain = loss - self.gamma * away + self.eta * entropy(seen.logits).sum()
             (gradient,) = torch.autograd.grad(gain, moved)
-            # Pixels in [-1, 1] have half the gradient, and a step of theirs is half of one in [0, 1].
-            moved = (moved.detach() + self.lr * gradient / 4).clamp(0, 1)
-        return moved
+            moved = moved.detach() + self.lr / _BATCH * gradient
+        return moved.clamp(0, 1)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pden.baselines.erm import Erm
-from pden.baselines.operations import dirichlet, random_operation
+from pden.baselines.operations import AUGMIX, dirichlet, random_operation
 from pden.losses import safety_loss
 from pden.models import TaskModel
 from pden.training.stream import Stream
@@ -30,7 +30,7 @@ class AugMix(Erm):
         changed = images.repeat(chains, 1, 1, 1)
         lengths = torch.randint(1, self.depth + 1, (len(changed), 1, 1, 1), generator=rng, device=images.device)
         for step in range(self.depth):
-            changed = torch.where(lengths > step, random_operation(changed, self.magnitude, rng), changed)
+            changed = torch.where(lengths > step, random_operation(changed, self.magnitude, rng, AUGMIX), changed)
         weights = dirichlet(views * count, self.chains, rng, images.device).T.reshape(
             self.chains, views, count, 1, 1, 1
         )

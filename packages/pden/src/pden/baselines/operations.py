@@ -1,7 +1,7 @@
 """Image operations on whole batches, a random one for each image (torchvision's draw one for a whole batch).
 
-Ranges are those of AugMix at full strength: 30 degrees, a shear of 0.3, a third of the image, 4 bits. The five
-geometric operations are one affine map, and choices are made by masks: nothing waits for the device.
+Ranges are those of AugMix at full strength: 30 degrees, a shear of 0.3, a third of the image. The five geometric
+operations are one affine map, and choices are made by masks: nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -34,8 +34,18 @@ def equalize(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def posterize(images: Tensor, strength: Tensor) -> Tensor:
-    """Fewer bits: 4 of 8 at full strength."""
-    step = 2.0 ** (strength.abs() * 4).round()
+    """Fewer bits, RandAugment's: from 8 to 4 at full strength."""
+    return _cut(images, (strength.abs() * 4).round())
+
+
+def posterize_strongly(images: Tensor, strength: Tensor) -> Tensor:
+    """Fewer bits, AugMix's: from 4 to none at full strength."""
+    return _cut(images, 4 + (strength.abs() * 4).floor())
+
+
+def _cut(images: Tensor, bits: Tensor) -> Tensor:
+    """Without the lowest bits of 8."""
+    step = 2.0**bits
     return ((images * 255).round() / step).floor() * step / 255
 
 
@@ -44,7 +54,9 @@ def solarize(images: Tensor, strength: Tensor) -> Tensor:
     return torch.where(images >= 1 - strength.abs(), 1 - images, images)
 
 
-PHOTOMETRIC: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (autocontrast, equalize, posterize, solarize)
+Photometric = tuple[Callable[[Tensor, Tensor], Tensor], ...]
+PHOTOMETRIC: Photometric = (autocontrast, equalize, posterize, solarize)
+AUGMIX: Photometric = (autocontrast, equalize, posterize_strongly, solarize)
 NAMES = (*(each.__name__ for each in PHOTOMETRIC), *GEOMETRIC)
 
 
@@ -66,28 +78,36 @@ def affine_maps(kinds: Tensor, strength: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def operate(images: Tensor, kinds: Tensor, strength: Tensor) -> Tensor:
+def operate(images: Tensor, kinds: Tensor, strength: Tensor, photometric: Photometric = PHOTOMETRIC) -> Tensor:
     """One operation on each image.
 
     Args:
         images: in [0, 1], ``(batch, channels, height, width)``.
         kinds: indices of `NAMES`, ``(batch,)``.
         strength: in [-1, 1], ``(batch,)``; its sign is that of the change.
+        photometric: `PHOTOMETRIC` or `AUGMIX`.
     """
     chosen, amounts = kinds[:, None, None, None], strength[:, None, None, None]
     moved = warp(images, affine_maps(kinds, strength))
     changed = torch.where(chosen >= len(PHOTOMETRIC), moved, images)
-    for number, operation in enumerate(PHOTOMETRIC):
+    for number, operation in enumerate(photometric):
         changed = torch.where(chosen == number, operation(images, amounts), changed)
     return changed
 
 
-def random_operation(images: Tensor, magnitude: float, rng: torch.Generator) -> Tensor:
-    """A random operation for each image, of a random sign and a strength up to `magnitude`."""
+def random_operation(
+    images: Tensor,
+    magnitude: float,
+    rng: torch.Generator,
+    photometric: Photometric = PHOTOMETRIC,
+    *,
+    fixed: bool = False,
+) -> Tensor:
+    """A random operation for each image, of a random sign and a strength up to `magnitude`, or of it where `fixed`."""
     count, device = len(images), images.device
     kinds = torch.randint(len(NAMES), (count,), generator=rng, device=device)
-    strength = (torch.rand(count, generator=rng, device=device) * 2 - 1) * magnitude
-    return operate(images, kinds, strength)
+    strength = torch.rand(count, generator=rng, device=device) * 2 - 1
+    return operate(images, kinds, (strength.sign() if fixed else strength) * magnitude, photometric)
 
 
 def dirichlet(count: int, size: int, rng: torch.Generator, device: torch.device) -> Tensor:

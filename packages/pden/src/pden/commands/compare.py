@@ -29,6 +29,10 @@ def run(
     found = [table.read_result(path) for path in results]
     groups = table.group(found)
     rows = table.summarise(groups, selection)
+    if len({frozenset(row) for row in rows.values()}) > 1:
+        for row in rows.values():
+            row.pop(table.AVERAGE, None)
+        typer.echo("note: the runs have other targets, so that their averages compare nothing and are left out\n")
     texts = {path: table.render(rows, path) for path in out or []}
     typer.echo(table.markdown(rows))
     seeds = {label: sorted(each["seed"] for each in runs) for label, runs in groups.items()}

@@ -25,12 +25,12 @@ def run(
     from pden.data import Home
     from pden.evaluation.accuracy import evaluate
     from pden.evaluation.targets import absent_note, load_targets
-    from pden.saving import SELECTIONS, load
+    from pden.saving import load, saved_selections
 
     if not target:
         raise UsageError("name at least one domain with --target")
     record = evidence()
-    names = SELECTIONS if selection == "all" else (selection,)
+    names = saved_selections(run) if selection == "all" else [selection]
     first = load(run, names[0], device)
     home = Home.of(data_dir)
     domains = load_targets(target, [first.source], first.classes, home, first.size, first.channels)

@@ -24,6 +24,8 @@ def run(
     from pden.gallery import save_gallery
     from pden.saving import load
 
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"{out}: the picture is a PNG; give a name that ends in .png")
     trained = load(run)
     if not trained.generators:
         raise UsageError(f"{run} has no expanded domains to show")

@@ -52,6 +52,6 @@ def parse_seeds(text: str) -> list[int]:
     if not parts or not all(part.isdigit() for part in parts):
         raise UsageError(f'--seeds "{text}": write a count (5) or seeds (0,1,2)')
     seeds = list(range(int(parts[0]))) if len(parts) == 1 and "," not in text else [int(part) for part in parts]
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f'--seeds "{text}": at least one seed, and none of them twice')
+    if not seeds or len(set(seeds)) < len(seeds) or max(seeds) >= 2**31:
+        raise UsageError(f'--seeds "{text}": at least one seed below 2**31, and none of them twice')
     return seeds

@@ -14,7 +14,7 @@ _SOME = 256  # images in memory at a time
 
 def run(
     run: options.Run,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders with them anywhere inside.")],
     selection: options.Selection = "last",
     device: options.Device = "auto",
     json: options.Json = None,
@@ -32,7 +32,7 @@ def run(
     record = evidence()
     files: list[Path] = []
     for path in images:
-        files += image_files(path) if path.is_dir() else [path]
+        files += image_files(path, inside=True) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{images[0]} has no images")
     trained = load(run, selection, device)

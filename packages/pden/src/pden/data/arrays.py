@@ -67,6 +67,8 @@ def load_arrays(path: Path, images_key: str, labels_key: str, name: str) -> Doma
 
 def channels_first(images: np.ndarray, name: str) -> Tensor:
     """uint8 ``(count, channels, height, width)`` from an array with channels last, first, or none."""
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
+        raise UsageError(f"{name}: images of {images.dtype}; needed are uint8, or floats in [0, 1]")
     if images.ndim == 3:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[-1] in (1, 3) and images.shape[1] not in (1, 3):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expkit.errors import UsageError
 from pden.losses.safety import IGNORED
+from pden.pixels import check_pixels
 
 _FLOATS = 1 << 26  # so many pixels are floats at a time while images are resized: 256 MiB
 
@@ -26,6 +27,9 @@ class Domain:
         labels: int64, ``(count,)``, or ``(count, height, width)`` with 255 where a pixel does not count.
         classes: their names; the labels are indices of this.
         note: what a reader of its figures must know.
+
+    Raises:
+        UsageError: tensors of another kind, or a label that has no name.
     """
 
     name: str
@@ -35,6 +39,13 @@ class Domain:
     note: str = ""
 
     def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise UsageError(
+                f"{self.name}: images are {_kind(self.images)}; needed are uint8 (count, channels, height, width), "
+                "which pden.data.to_uint8 makes of floats in [0, 1]"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.dim() not in (1, 3):
+            raise UsageError(f"{self.name}: labels are {_kind(self.labels)}; needed are int64 (count,)")
         if len(self.images) == 0 or len(self.images) != len(self.labels):
             raise UsageError(f"{self.name}: {len(self.images)} images and {len(self.labels)} labels")
         counted = self.labels[self.labels != IGNORED] if self.dense else self.labels
@@ -123,42 +134,54 @@ def fit_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
     return images.expand(-1, channels, -1, -1).contiguous()
 
 
-def to_uint8(images: Tensor, name: str) -> Tensor:
-    """uint8 images from uint8 ones or floats in [0, 1].
+def to_uint8(images: Tensor, name: str, first: int = 0) -> Tensor:
+    """uint8 images ``(count, ...)`` from uint8 ones or floats in [0, 1].
+
+    Args:
+        first: number of the first one, for the message.
 
     Raises:
         UsageError: pixels that are no numbers or out of [0, 1].
     """
     if images.dtype == torch.uint8:
         return images
-    if not bool(torch.isfinite(images).all()):
-        bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[0, 0])
-        raise UsageError(f"{name}: image {bad} has pixels that are not numbers (nan or infinite)")
-    low, high = float(images.min()), float(images.max())
-    if low < 0 or high > 1:
-        raise UsageError(f"{name}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
+    check_pixels(images, name, first)
     return (images.float() * 255).round().to(torch.uint8)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) -> Domain:
     """Any map-style torch dataset of (image, label) as a domain in memory.
 
     Args:
-        dataset: images are PIL images, uint8 tensors or floats in [0, 1], all of one size.
+        dataset: images are PIL images, uint8 tensors or floats in [0, 1], ``([channels,] height, width)``, all of one
+            size; labels are integers, or one for each pixel.
         name: of the domain.
-        classes: their names; from the dataset's own `classes`, or numbered, where they are not given.
+        classes: their names; from the dataset's own `classes` (or those of what a `Subset` is of), or numbered, where
+            they are not given.
 
     Raises:
-        UsageError: an empty dataset, or sizes that differ.
+        UsageError: an empty dataset or none of this kind, or sizes that differ.
     """
+    from PIL.Image import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
 
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UsageError(f"{name}: a {type(dataset).__name__} has no length or no items; needed is a map-style dataset")
     images, labels = [], []
     for index in range(len(dataset)):
-        image, label = dataset[index]
-        tensor = image if isinstance(image, Tensor) else pil_to_tensor(image)
-        images.append(to_uint8(tensor, name))
-        labels.append(torch.as_tensor(label, dtype=torch.int64))
+        item = dataset[index]
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image)):
+            raise UsageError(f"{name}: item {index} is no pair of an image (PIL or tensor) and a label")
+        tensor = item[0] if isinstance(item[0], Tensor) else pil_to_tensor(item[0])
+        label = torch.as_tensor(item[1])
+        if label.is_floating_point() or label.dim() not in (0, 2):
+            raise UsageError(f"{name}: label {index} is {_kind(label)}; needed is an integer, or one for each pixel")
+        images.append(to_uint8(tensor[None] if tensor.dim() == 3 else tensor[None, None], name, index)[0])
+        labels.append(label.long())
     if not images:
         raise UsageError(f"{name}: the dataset is empty")
     for index, image in enumerate(images):
@@ -167,5 +190,11 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
                 f"{name}: image {index} is {tuple(image.shape)}, the first is {tuple(images[0].shape)}; resize them"
             )
     stacked = torch.stack(labels)
-    found = classes or getattr(dataset, "classes", None) or [str(n) for n in range(int(stacked.max()) + 1)]
+    whole = getattr(dataset, "dataset", None)
+    found = (
+        classes
+        or getattr(dataset, "classes", None)
+        or getattr(whole, "classes", None)
+        or [str(n) for n in range(int(stacked.max()) + 1)]
+    )
     return Domain(name, torch.stack(images), stacked, tuple(str(each) for each in found))

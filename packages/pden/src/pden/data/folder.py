@@ -23,9 +23,10 @@ _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error
 _SHOW = 2000  # images from which on reading shows its progress
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files right inside a folder, in order."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+def image_files(folder: Path, *, inside: bool = False) -> list[Path]:
+    """The image files right in a folder, in order; with `inside` also those in folders inside it."""
+    paths = folder.rglob("*") if inside else folder.iterdir()
+    return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
 def read_image(path: Path, size: int = 0, channels: int = 3) -> Tensor:

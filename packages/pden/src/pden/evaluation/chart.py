@@ -16,6 +16,7 @@ _MOST_LINES = 9
 def save_curve(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
     """Validation and targets over rounds as PNG: lines for the last weights, dashes for the averaged targets."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -37,6 +38,7 @@ def save_curve(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
         averaged = [entry for entry in measured if "averaged" in entry]
         points = [100 * value(entry["averaged"]) for entry in averaged]
         axes.plot([entry["round"] for entry in averaged], points, color=colour, linestyle="--", linewidth=0.9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round (0: after pre-training); dashes: averaged weights")
     axes.set_ylabel("%")
     axes.set_title(title, fontsize=10)
@@ -75,6 +77,7 @@ def save_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path,
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, ncols=min(len(rows), 6), loc="outside lower center")
+    fitting = int(figure.get_figwidth() / (0.5 + 0.07 * max(map(len, rows))))  # inches of a patch and its text
+    figure.legend(frameon=False, fontsize=8, ncols=max(1, min(len(rows), fitting)), loc="outside lower center")
     with atomic_path(path) as aside:
         figure.savefig(aside, format="png", dpi=150)

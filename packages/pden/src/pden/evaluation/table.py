@@ -35,12 +35,28 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def group(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs that differ in their seed alone, by label: the run's name without its `-seedN`."""
+    """Runs that differ in their seed alone, by label: the run's name without its `-seedN`.
+
+    Raises:
+        UsageError: runs of one label that have one seed, or differ in more than it.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         label = str(result["name"]).removesuffix(f"-seed{result['seed']}")
         groups.setdefault(label, []).append(result)
+    for label, runs in groups.items():
+        seeds = [run["seed"] for run in runs]
+        if len(set(seeds)) < len(seeds):
+            raise UsageError(f"{label}: seed {max(seeds, key=seeds.count)} is there more than once")
+        if len({_settings(str(run.get("config", ""))) for run in runs}) > 1:
+            raise UsageError(f"{label}: its runs differ in more than their seed; give them names of their own")
     return groups
+
+
+def _settings(config: str) -> tuple[str, ...]:
+    """Lines of a `config.toml` that bear on figures; those of single runs left out."""
+    own = ("name =", "seed =", "device =", "checkpoint_every =", "log_every =")
+    return tuple(line for line in config.splitlines() if not line.startswith(own))
 
 
 def summarise(groups: Mapping[str, Sequence[Mapping[str, Any]]], selection: str) -> dict[str, dict[str, Cell]]:

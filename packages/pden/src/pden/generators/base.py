@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as image_functions
 
 from expkit.errors import UsageError
+from pden.pixels import check_pixels
 
 
 def draw_noise(images: Tensor, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -56,7 +57,7 @@ class Generator(nn.Module):
             generator: where the noise is drawn from; torch's own where it is not given.
 
         Raises:
-            UsageError: a wrong number of channels or noise of a wrong shape.
+            UsageError: a wrong number of channels, noise of a wrong shape, or, where none is given, bad pixels.
         """
         if not isinstance(images, Tensor):
             made: Tensor = self(image_functions.pil_to_tensor(images), noise, generator=generator)
@@ -72,6 +73,8 @@ class Generator(nn.Module):
                 "with or without a batch before them"
             )
         if noise is None:
+            if len(images):
+                check_pixels(images, "images")  # not in training, which gives the noise: it would wait for the GPU
             noise = draw_noise(images, self.noise, generator)
         elif noise.shape != (len(images), self.noise):
             raise UsageError(f"noise of shape {tuple(noise.shape)}; it must be {(len(images), self.noise)}")

@@ -10,6 +10,6 @@ def diversity(first: Tensor, second: Tensor) -> Tensor:
     return (first.float() - second.float()).abs().mean()
 
 
-def diversity_loss(first: Tensor, second: Tensor, limit: float = 0.5) -> Tensor:
-    """Minus the diversity, clamped: beyond `limit` there is nothing more to be gained."""
-    return -diversity(first, second).clamp(max=limit)
+def diversity_loss(found: Tensor, limit: float = 0.5) -> Tensor:
+    """Minus the diversity that was found, clamped: beyond `limit` there is nothing more to be gained."""
+    return -found.clamp(max=limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 Engine = Literal["auto", "graphs", "eager"]
@@ -91,7 +92,7 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         _require(len(self.kinds) >= 1, "generator.kinds is empty")
         _require(self.noise >= 1 and self.width >= 0, "generator.noise must be positive, generator.width 0 or more")
-        _require(0 < self.share <= 1 and self.lr > 0, "generator.share must be in (0, 1], generator.lr positive")
+        _require(0 < self.share <= 1 and 0 < self.lr < inf, "generator.share must be in (0, 1], generator.lr positive")
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         weights = (self.safety, self.diversity, self.cycle, self.adversarial, self.contrast_weight, self.off_diagonal)
-        _require(min(weights) >= 0, "loss weights must be 0 or more")
-        _require(self.temperature > 0, f"loss.temperature is {self.temperature}; it must be positive")
+        _require(all(0 <= each < inf for each in weights), "loss weights must be numbers of 0 or more")
+        _require(0 < self.temperature < inf, f"loss.temperature is {self.temperature}; it must be positive")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optimizer.lr is {self.lr}; it must be positive")
+        _require(0 < self.lr < inf, f"optimizer.lr is {self.lr}; it must be positive")
         _require(0 <= self.momentum < 1, f"optimizer.momentum is {self.momentum}; use 0 to 1")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay is {self.weight_decay}; it must be 0 or more")
 
@@ -226,7 +227,7 @@ class TrainConfig:
         round_steps, batch: of a round. Baselines train for as many steps. Batches are divided among processes.
         dtype: fp32, bf16 (autocast), or auto (bf16 where the device computes in it).
         engine: "graphs" records forward and backward as CUDA graphs; "eager" launches every kernel; "auto" is graphs on
-            a GPU. A network of one's own that waits for the device within them needs eager.
+            a GPU. A backbone of timm's that waits for the device within them needs eager.
         log_every: steps between two lines of metrics.
         checkpoint_every: steps between two checkpoints; each round's end has one too.
     """
@@ -259,6 +260,10 @@ class TrainConfig:
         _require(min(self.batch, self.pretrain_batch) >= 2, "batches need at least 2 images")
         _require(min(self.log_every, self.checkpoint_every) >= 1, "log_every and checkpoint_every must be positive")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        _require(
+            self.stop.patience == 0 or self.gate.mode != "off" or self.method != "pden",
+            'stop.patience counts what the gate measures; set gate.mode to "on" or "record"',
+        )
 
     @property
     def learning_steps(self) -> int:

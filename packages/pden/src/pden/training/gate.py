@@ -126,7 +126,7 @@ def judge_domain(
         ("novelty", novelty, gate.novelty),
     ]
     reasons = tuple(
-        f"{what} {value:.3f} < {least:g}" for what, value, least in limits if value is not None and value < least
+        f"{what} {value:.3f} < {least:g}" for what, value, least in limits if value is not None and not value >= least
     )
     verdict = "recorded"
     if gate.mode == "on":

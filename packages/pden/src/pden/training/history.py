@@ -22,7 +22,7 @@ def measure_round(
     """
     entry: dict[str, Any] = {"round": number, "step": trainer.clock.total}
     entry["last"] = figures(trainer.task, trainer.validation, targets, disguised)
-    if trainer.average is not None and number > 0:
+    if trainer.average is not None and number >= trainer.config.averaging.from_round:  # before, it is nothing's average
         average: TaskModel = trainer.average.module  # type: ignore[assignment]
         entry["averaged"] = figures(average, trainer.validation, targets, disguised)
     return entry

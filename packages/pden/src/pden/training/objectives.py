@@ -13,6 +13,7 @@ from pden.losses import (
     barlow_twins,
     cycle_loss,
     diversity,
+    diversity_loss,
     instance_contrast,
     safety_loss,
     supervised_contrast,
@@ -48,7 +49,7 @@ def generator_loss(
     """
     draws = expansion.generator.draws(images, noises)
     parts = {"diversity": diversity(draws[0], draws[1])}
-    total = -weights.diversity * parts["diversity"].clamp(max=weights.diversity_limit)
+    total = weights.diversity * diversity_loss(parts["diversity"], weights.diversity_limit)
     if weights.safety or weights.adversarial:
         seen = task.full(draws[0])
         if weights.safety:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,8 @@ def train(
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
     job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
-    checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
+    store = CheckpointStore(runs / config.name / "checkpoints")
+    checkpoint = store.latest() if resume else None
     if checkpoint is not None:
         try:
             restore(trainer, checkpoint)
@@ -102,6 +104,10 @@ def train(
             raise UsageError(f"{checkpoint.path} is of another model or version ({what}); start a new run") from None
     try:
         job.work()
+    except Exception:
+        if run is not None and not resume and not store.steps():
+            shutil.rmtree(run.path, ignore_errors=True)  # nothing came of it, and its name shall stay free
+        raise
     finally:
         if run is not None:
             run.metrics.close()
@@ -159,6 +165,17 @@ class _Job:
                 self.say(f"note: {note}")
         if config.rounds == 0 and trainer.expands:
             self.say("note: with 0 rounds nothing is expanded: this is plain training on the source (ERM)", always=True)
+        growth = trainer.baseline.growth
+        late = [str(step) for step in growth if step >= trainer.planned_steps]
+        if late:
+            done = len(growth) - len(late)
+            self.say(
+                f"note: {config.method} adds images at steps {', '.join(map(str, growth))}, and this run ends after "
+                f"{trainer.planned_steps}: it does so {done} times",
+                always=True,
+            )
+        if note := absent_note(trainer.source):
+            self.say(f"note: {note.partition(':')[0]}, which nothing is learned of", always=True)
         if self.run is not None:
             self.say(
                 f"{config.method} on {trainer.source.name}: {len(trainer.source)} images, {len(trainer.validation)} "
@@ -231,7 +248,7 @@ class _Job:
         assert self.run is not None
         trainer, config = self.trainer, self.trainer.config
         weights = {"last": trainer.task.state_dict(), "source-validation": trainer.best.tensors}
-        if trainer.average is not None:
+        if trainer.average is not None and trainer.clock.round >= config.averaging.from_round:
             weights["averaged"] = trainer.average.module.state_dict()
         channels = trainer.source.images.shape[1]
         model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from expkit.checkpoint import write_text
-from expkit.cli import console, progress
+from expkit.cli import progress
 from expkit.config import to_toml
 from expkit.errors import UsageError
-from expkit.rundir import evidence
+from expkit.rundir import evidence, require_same
 from pden.data import Home
 from pden.evaluation.table import group, markdown, read_result, summarise
 from pden.training.config import TrainConfig
@@ -30,26 +30,31 @@ def train_seeds(
         the evidence, each run's selections, their means and spreads, and a table of the last weights.
 
     Raises:
-        UsageError: no targets to measure on.
+        UsageError: no targets to measure on, a finished run of other settings, or runs that refused their settings or
+            data.
         RuntimeError: a run failed; its own message has been printed.
     """
     if not config.data.targets:
         raise UsageError("several seeds are compared on targets; name at least one with --target")
     record = evidence()
     names = {seed: f"{config.name}-seed{seed}" for seed in seeds}
+    configs = {seed: to_toml(replace(config, name=names[seed], seed=seed)) for seed in seeds}
     open_seeds = [seed for seed in seeds if not (runs / names[seed] / "result.json").is_file()]
+    for seed in set(seeds) - set(open_seeds):
+        require_same(runs / names[seed] / "config.toml", configs[seed])
     with tempfile.TemporaryDirectory() as folder:
         commands = []
         for seed in open_seeds:
             file = Path(folder) / f"{seed}.toml"
-            write_text(file, to_toml(replace(config, name=names[seed], seed=seed)))
+            write_text(file, configs[seed])
             command = [sys.executable, "-m", "pden", "train", "--config", str(file), "--runs", str(runs)]
             command += ["--data-dir", str(home.folders[0])] if len(home.folders) > 1 else []
             commands.append(command + (["--resume"] if resume and (runs / names[seed]).is_dir() else []))
         _run_all(commands, jobs, config.name)
     results = [read_result(runs / name) for name in names.values()]
     groups = group(results)
-    found = {name: _figures(results, name) for name in results[0]["selections"]}
+    measured = [{name for name, each in one["selections"].items() if "targets" in each} for one in results]
+    found = {name: _figures(results, name) for name in results[0]["selections"] if all(name in m for m in measured)}
     table = markdown(summarise(groups, "last"))
     kept = [{"seed": result["seed"], "selections": result["selections"]} for result in results]
     return {**record, "name": config.name, "method": config.method, "seeds": list(seeds), "table": table} | {
@@ -66,7 +71,7 @@ def _figures(results: Sequence[dict[str, Any]], selection: str) -> dict[str, Any
 
 def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
     """Run all commands, `jobs` at a time; their messages go on to ours."""
-    waiting, failed = list(commands), 0
+    waiting, codes = list(commands), []
     running: list[subprocess.Popen[bytes]] = []
     with progress() as bar:
         task = bar.add_task(f"{name}: seeds", total=len(commands))
@@ -76,12 +81,13 @@ def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
                     running.append(subprocess.Popen(waiting.pop(0), stdout=subprocess.DEVNULL))
                 ended = [process for process in running if process.poll() is not None]
                 running = [process for process in running if process.poll() is None]
-                failed += sum(process.returncode != 0 for process in ended)
+                codes += [process.returncode for process in ended if process.returncode]
                 bar.advance(task, len(ended))
                 time.sleep(0.05)
         finally:
             for process in running:
                 process.terminate()
-    if failed:
-        console().print(f"{failed} of {len(commands)} runs failed", highlight=False)
-        raise RuntimeError(f"{failed} of {len(commands)} runs failed; run the command again with --resume")
+    if set(codes) == {2}:
+        raise UsageError(f"{len(codes)} of {len(commands)} runs refused what they were given; see above")
+    if codes:
+        raise RuntimeError(f"{len(codes)} of {len(commands)} runs failed; run the command again with --resume")

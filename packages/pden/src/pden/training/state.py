@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from expkit.checkpoint import Checkpoint
 from pden.generators import build_generator, generator_settings
 from pden.training.averaging import new_average
@@ -48,6 +50,8 @@ def restore(trainer: Trainer, checkpoint: Checkpoint) -> None:
         assert trainer.expander is not None
         trainer.expander.load(state["expander"])
     if state["grown"] is not None:
+        if state["grown"][0].dtype == torch.uint8:
+            raise ValueError("its grown images are of 256 levels")
         trainer.grown = (state["grown"][0].to(trainer.device), state["grown"][1].to(trainer.device))
     if trainer.gatekeeper is not None:
         generators = list(trainer.pool)

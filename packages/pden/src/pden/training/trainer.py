@@ -62,6 +62,8 @@ class Trainer:
         best: selected on the validation images, by round.
         clock: where the run stands.
 
+    Making one, and each of its steps, seeds torch's own generators: weights and dropout draw from them.
+
     Raises:
         UsageError: source and validation do not fit each other or the model.
     """
@@ -188,17 +190,19 @@ class Trainer:
         images, labels = self.source.batch(index.clamp(max=len(self.source) - 1))
         if self.grown is not None:
             other, place = index >= len(self.source), (index - len(self.source)).clamp(min=0)
-            images = torch.where(other[:, None, None, None], self.grown[0][place].float() / 255, images)
+            images = torch.where(other[:, None, None, None], self.grown[0][place].float(), images)
             labels = torch.where(other, self.grown[1][place], labels)
         if self.config.data.augment == "crop-flip":
             images, labels = crop_flip(images, labels, stream.torch)
         return images, labels
 
     def _grow(self) -> None:
-        """The baseline's own images join the pool."""
-        added = self.baseline.grow(self.task, self.source.images, self.source.labels)
-        images, labels = self.grown or (self.source.images[:0], self.source.labels[:0])
-        self.grown = (torch.cat([images, added]), torch.cat([labels, self.source.labels]))
+        """The baseline's own images of the whole pool join it, in half precision: its steps are finer than levels."""
+        images, labels = self.source.images.half() / 255, self.source.labels
+        if self.grown is not None:
+            images, labels = torch.cat([images, self.grown[0]]), torch.cat([labels, self.grown[1]])
+        added, count = self.baseline.grow(self.task, images, labels), len(self.source)
+        self.grown = (torch.cat([images[count:], added]), torch.cat([labels[count:], labels]))
 
     def _advance(self) -> Event:
         """Move the clock on where a stage, a domain or a round has ended."""
@@ -346,7 +350,8 @@ class Trainer:
 
     def _no_number(self) -> str:
         rates = f"optimizer.lr ({self.config.optimizer.lr:g}) or generator.lr ({self.config.generator.lr:g})"
-        return f"is not finite at step {self.clock.total}; lower {rates}. Checkpoints before it are kept"
+        anew = "train anew, under another name where checkpoints were kept"
+        return f"is not finite at step {self.clock.total}; lower {rates} and {anew}"
 
     def tick(self, gate: bool = False) -> None:
         """Add the time since the last call to the clock, when the device has done its work."""
@@ -370,6 +375,9 @@ def _require_fit(config: TrainConfig, source: Domain, validation: Domain, world:
             f"validation {validation.name} ({len(validation.classes)} classes, {tuple(validation.images.shape[1:])}) "
             f"does not fit the source {source.name} ({len(source.classes)}, {tuple(source.images.shape[1:])})"
         )
+    height, width = source.images.shape[-2:]
+    if config.model.name == "digits" and height != width:
+        raise UsageError(f"{source.name}: images of {height}x{width}; model digits takes square ones, wrn-16-4 any")
     if source.dense != config.model.name.startswith("fcn-"):
         need = "fcn-resnet50 or fcn-small" if source.dense else "a model for classification"
         raise UsageError(f"{source.name} has one label for each {'pixel' if source.dense else 'image'}; use {need}")

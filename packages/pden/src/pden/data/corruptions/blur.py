@@ -46,6 +46,6 @@ def motion_blur(images: Tensor, level: int, rng: torch.Generator) -> Tensor:
 
 
 def zoom_blur(images: Tensor, level: int, rng: torch.Generator) -> Tensor:
-    steps = (6, 11, 16, 21, 26)[level]
+    steps = (7, 12, 16, 21, 26)[level]  # as rounding has it in the published ranges of numpy
     total = images + sum(clipped_zoom(images, 1 + 0.01 * step) for step in range(steps))
     return total / (steps + 1)

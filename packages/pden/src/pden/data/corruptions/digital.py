@@ -45,7 +45,7 @@ def elastic_transform(images: Tensor, level: int, rng: torch.Generator) -> Tenso
     affine = torch.linalg.solve(torch.cat([moved, ones], dim=2), before.expand(count, 3, 2))
     turned = F.grid_sample(images, _pixel_grid(affine, side), padding_mode="reflection", align_corners=True)
     draws = 2 * torch.rand(count, 2, side, side, generator=rng, device=device) - 1
-    shifts = gaussian(draws, side * sigma, truncate=3, mode="reflect") * side * strength
+    shifts = gaussian(draws, side * sigma, truncate=3, mode="symmetric") * side * strength
     places = torch.arange(side, device=device).float()
     grid = torch.stack([places[None, None, :] + shifts[:, 0], places[None, :, None] + shifts[:, 1]], dim=3)
     return F.grid_sample(turned, (2 * grid + 1) / side - 1, padding_mode="reflection", align_corners=False)

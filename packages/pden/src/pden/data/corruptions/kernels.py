@@ -10,11 +10,26 @@ from torch import Tensor
 
 
 def filter_images(images: Tensor, kernel: Tensor, mode: str = "replicate") -> Tensor:
-    """Correlate every channel with one kernel ``(rows, columns)``, both odd."""
+    """Correlate every channel with one kernel ``(rows, columns)``, both odd.
+
+    Args:
+        mode: of `torch.nn.functional.pad`, or "symmetric": reflection that repeats the edge, as scipy's "reflect" does.
+    """
     channels = images.shape[1]
     rows, columns = kernel.shape
-    padded = F.pad(images, (columns // 2, columns // 2, rows // 2, rows // 2), mode=mode)
+    if mode == "symmetric":
+        down, across = (_symmetric(size, reach // 2).to(images.device)
+                        for size, reach in zip(images.shape[2:], (rows, columns), strict=True))  # fmt: skip
+        padded = images[:, :, down][:, :, :, across]
+    else:
+        padded = F.pad(images, (columns // 2, columns // 2, rows // 2, rows // 2), mode=mode)
     return F.conv2d(padded, kernel.to(images).expand(channels, 1, rows, columns), groups=channels)
+
+
+def _symmetric(size: int, reach: int) -> Tensor:
+    """Indices of a line of `size` values with `reach` more on either side."""
+    places = torch.arange(-reach, size + reach) % (2 * size)
+    return torch.minimum(places, 2 * size - 1 - places)
 
 
 def gaussian_line(sigma: float, radius: int) -> Tensor:
