@@ -231,6 +231,16 @@ def test_a_baseline_that_cannot_grow_says_so(tmp_path, capsys):
     assert "adds images at steps 100, 200, 300, and this run ends after" in capsys.readouterr().err
 
 
+def test_what_selection_has_seen_is_no_target(tmp_path, capsys):
+    held = ["--set", "data.validation=digits-test", "--set", "pretrain_steps=4"]
+    domain = pden.load_domain("digits", pden.Home.of())
+    np.savez(tmp_path / "same.npz", x=domain.images[:30].numpy(), y=np.arange(30) % 10)
+    assert run(*TINY, *held, "--runs", tmp_path, "--target", f"same={tmp_path}/same.npz#x,y") == 0
+    assert "30 of 30 images of same are among those that are trained or held out" in capsys.readouterr().err
+    assert run("eval", tmp_path / "tiny", "--target", "digits-test") == 2
+    assert 'target "digits-test" is the validation domain' in capsys.readouterr().err
+
+
 def test_predict_reads_what_expand_writes(trained, tmp_path, capsys):
     assert run("expand", trained, "--out", tmp_path / "out", "--limit", 20) == 0
     capsys.readouterr()

@@ -32,6 +32,7 @@ class Expanded:
         classes: names of the labels.
         size, channels: of the images.
         source: the source's specification.
+        validation: that of the held-out domain, where it was one of its own.
         selection: which weights these are.
     """
 
@@ -42,6 +43,7 @@ class Expanded:
     size: int
     channels: int
     source: str
+    validation: str
     selection: str
 
     @torch.no_grad()
@@ -80,7 +82,7 @@ def save_model(
     """Write the model's folder.
 
     Args:
-        settings: `model` (what `build_model` takes), `classes`, `size`, `channels`, `source`, `domains`.
+        settings: `model` (what `build_model` takes), `classes`, `size`, `channels`, `source`, `validation`, `domains`.
         selections: weights by name, of `SELECTIONS`.
         generators: of the accepted domains.
     """
@@ -143,6 +145,7 @@ def load(run: str | Path, selection: str = "last", device: str | torch.device = 
             about["size"],
             about["channels"],
             about["source"],
+            about.get("validation", ""),  # older runs do not say
             selection,
         )
     except UsageError:

@@ -33,7 +33,8 @@ def run(
     names = saved_selections(run) if selection == "all" else [selection]
     first = load(run, names[0], device)
     home = Home.of(data_dir)
-    domains = load_targets(target, [first.source], first.classes, home, first.size, first.channels)
+    seen = [each for each in (first.source, first.validation) if each]
+    domains = load_targets(target, seen, first.classes, home, first.size, first.channels)
     notes = [note for domain in domains for note in (domain.note, absent_note(domain)) if note]
     for note in notes:
         console().print(f"note: {note}", highlight=False)

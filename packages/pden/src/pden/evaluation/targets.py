@@ -53,6 +53,17 @@ def with_classes(domain: Domain, classes: tuple[str, ...]) -> Domain:
     return replace(domain, labels=table[domain.labels], classes=classes)
 
 
+def shared_notes(targets: Sequence[Domain], seen: Sequence[Domain]) -> list[str]:
+    """A sentence for each target that shares images with what training or selection sees."""
+    known = {image.tobytes() for each in seen for image in each.images.cpu().numpy()} if targets else set()
+    counts = [sum(image.tobytes() in known for image in each.images.cpu().numpy()) for each in targets]
+    return [
+        f"{count} of {len(each)} images of {each.name} are among those that are trained or held out"
+        for each, count in zip(targets, counts, strict=True)
+        if count
+    ]
+
+
 def absent_note(domain: Domain) -> str:
     """A sentence on the classes that do not occur in a domain, or nothing."""
     missing = [name for number, name in enumerate(domain.classes) if number not in domain.present]

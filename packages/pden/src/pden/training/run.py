@@ -19,7 +19,7 @@ from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
 from pden.evaluation.disguise import disguises
-from pden.evaluation.targets import absent_note, load_targets, with_classes
+from pden.evaluation.targets import absent_note, load_targets, shared_notes, with_classes
 from pden.saving import save_model
 from pden.training.config import TrainConfig
 from pden.training.history import measure_round, selections
@@ -123,6 +123,8 @@ class _Job:
         self.history: list[dict[str, Any]] = []
         count = trainer.config.data.disguised if run is not None else 0
         self.disguised = disguises(trainer.validation, count) if count else []
+        seen = (trainer.source, trainer.validation)
+        self.shared = shared_notes(targets, seen) if run is not None else []
 
     def say(self, text: str, always: bool = False) -> None:
         if self.run is not None and (always or not self.quiet):
@@ -163,6 +165,8 @@ class _Job:
         for target in self.targets:
             if note := absent_note(target):
                 self.say(f"note: {note}")
+        for note in self.shared:
+            self.say(f"note: {note}", always=True)
         if config.rounds == 0 and trainer.expands:
             self.say("note: with 0 rounds nothing is expanded: this is plain training on the source (ERM)", always=True)
         growth = trainer.baseline.growth
@@ -229,7 +233,8 @@ class _Job:
             "history": self.history,
             "reports": reports,
             "notes": [each.note for each in self.targets if each.note]
-            + [n for t in self.targets if (n := absent_note(t))],
+            + [n for t in self.targets if (n := absent_note(t))]
+            + self.shared,
             "steps": clock.total,
             "seconds": clock.seconds,
             "steps_per_second": clock.total / max(clock.seconds, 1e-9),
@@ -254,7 +259,7 @@ class _Job:
         model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}
         model |= {"size": trainer.size, "width": config.model.width, "embedding": config.model.embedding}
         settings = {"model": model, "classes": trainer.source.classes, "size": trainer.size, "channels": channels}
-        settings |= {"source": config.data.source, "domains": domains}
+        settings |= {"source": config.data.source, "validation": config.data.validation, "domains": domains}
         save_model(self.run.path / "model", settings, weights, trainer.pool)
 
     def _draw(self) -> None:
