@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter, zoom
 
-from pden.data.corruptions import COMMON, CORRUPTIONS, EXTRA, blur, corrupt
+from pden.data.corruptions import COMMON, CORRUPTIONS, EXTRA, blur, corrupt, weather
 from pden.data.corruptions.digital import pixelate, saturate
 from pden.data.corruptions.kernels import clipped_zoom, gaussian, motion, plasma
 from pden.data.corruptions.weather import brightness
@@ -174,3 +174,22 @@ def test_frost_photographs_are_used_where_there_are_some(tmp_path):
     Image.new("RGB", (200, 200), (0, 0, 255)).save(tmp_path / "frost1.png")
     made = corrupt(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "frost", 5, rng(), frost=tmp_path)
     assert made[:, :2].max() == 0 and made[:, 2].min() > 100
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_weather_is_as_strong_as_published(level, monkeypatch):
+    """With haze, flakes and ice that are the same everywhere, what is left is arithmetic."""
+    halves = torch.full((1, 3, 32, 32), 0.2)
+    halves[..., 16:] = 0.8
+    monkeypatch.setattr(weather, "plasma", lambda count, size, decay, rng: torch.ones(count, size, size))
+    amount = (0.2, 0.5, 0.75, 1.0, 1.5)[level]
+    hazy = weather.fog(halves, level, rng())
+    assert float(hazy[0, 0, 0, 0]) == pytest.approx((0.2 + amount) * 0.8 / (0.8 + amount), rel=1e-4)
+    monkeypatch.setattr(weather, "motion", lambda images, *more: torch.zeros_like(images))
+    kept = (0.95, 0.9, 0.9, 0.85, 0.8)[level]
+    snowy = weather.snow(torch.full((1, 3, 32, 32), 0.2), level, rng())
+    assert torch.allclose(snowy, torch.tensor(kept * 0.2 + (1 - kept) * 0.8))  # half as bright again, and half
+    monkeypatch.setattr(weather, "_ice", lambda rng: [torch.full((3, 64, 64), 0.5)])
+    kept, amount = (1.0, 1.0, 0.9, 0.85, 0.75)[level], (0.2, 0.3, 0.4, 0.4, 0.45)[level]
+    icy = weather.frost(torch.full((1, 3, 32, 32), 0.2), level, rng())
+    assert torch.allclose(icy, torch.tensor(kept * 0.2 + amount * 0.5))
