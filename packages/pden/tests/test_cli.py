@@ -129,8 +129,9 @@ def test_predict_says_a_label_for_each_image(trained, tmp_path, capsys):
 
 
 def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys):
-    options = ["--target", "digits-thick", "--runs", tmp_path / "runs", "--rounds", 0, "--method", "erm"]
-    assert run(*TINY, *options, "--name", "erm", "--seeds", "0,1", "--jobs", 2, "--json", tmp_path / "s.json") == 0
+    options = ["--target", "digits-thick", "--runs", tmp_path / "runs", "--rounds", 1, "--method", "erm"]
+    call = [*TINY, *options, "--set", "data.target_every=0", "--name", "erm", "--seeds", "0,1", "--jobs", 2]
+    assert run(*call, "--json", tmp_path / "s.json") == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["seeds"] == [0, 1] and found["selections"]["last"]["digits-thick"]["std"] > 0
     outs = [tmp_path / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
@@ -140,6 +141,11 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
     assert all(out.read_text() for out in outs) and (tmp_path / "c.png").is_file()
     assert json.loads((tmp_path / "c.json").read_text())["methods"]["erm"]["seeds"] == [0, 1]
     assert "selection: last; seeds: erm [0, 1]" in capsys.readouterr().out
+    assert run("compare", *runs, runs[0]) == 2 and "seed 0 is there more than once" in capsys.readouterr().err
+    assert run(*call) == 0  # what is there is kept
+    assert run(*call, "--set", "optimizer.lr=0.5") == 2 and "changed config: optimizer.lr" in capsys.readouterr().err
+    assert run(*call, "--source", "nope", "--name", "n", "--seeds", "0,") == 2
+    assert "1 of 1 runs refused what they were given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -196,20 +202,6 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, tmp_path, monkey
     assert said in message and "Traceback" not in message
     assert message.count("\n") == 0
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
-
-
-def test_seeds_that_are_there_must_be_of_these_settings(tmp_path, capsys):
-    call = [*TINY, "--method", "erm", "--runs", tmp_path, "--name", "s", "--seeds", "0,1", "--target", "digits-thick",
-            "--set", "data.target_every=0"]  # fmt: skip
-    assert run(*call, "--json", tmp_path / "a.json") == 0
-    assert set(json.loads((tmp_path / "a.json").read_text())["selections"]) >= {"last", "averaged"}
-    capsys.readouterr()
-    assert run(*call, "--set", "optimizer.lr=0.5") == 2 and "changed config: optimizer.lr" in capsys.readouterr().err
-    assert run(*call) == 0
-    assert run("compare", tmp_path / "s-seed0", tmp_path / "s-seed1", tmp_path / "s-seed0") == 2
-    assert "seed 0 is there more than once" in capsys.readouterr().err
-    assert run(*TINY, "--runs", tmp_path, "--seeds", "0,1", "--source", "nope", "--target", "digits-thick") == 2
-    assert "2 of 2 runs refused what they were given" in capsys.readouterr().err
 
 
 def test_averages_over_other_targets_are_left_out(trained, tmp_path, capsys):

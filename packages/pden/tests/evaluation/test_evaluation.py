@@ -123,6 +123,17 @@ def test_seeds_become_a_mean_and_a_spread():
     assert table.columns(found) == ["usps", "svhn_c", "average"]
 
 
+def test_a_label_is_of_runs_that_differ_in_their_seed_alone():
+    def made(seed: int, config: str) -> dict:
+        return {"name": f"a-seed{seed}", "seed": seed, "config": f'name = "a-seed{seed}"\nseed = {seed}\n{config}'}
+
+    one = 'rounds = 2\n\n[model]\nname = "digits"\n'
+    assert list(table.group([made(0, one), made(1, one)])) == ["a"]
+    for other in (one.replace("2", "3"), one.replace("digits", "wrn-16-4")):
+        with pytest.raises(UsageError, match="differ in more than their seed"):
+            table.group([made(0, one), made(1, other)])
+
+
 def test_tables_in_three_forms():
     assert table.markdown(rows()).splitlines()[2] == "| erm | 55.00 ± 7.07 | 30.00 ± 0.00 | 42.50 ± 3.54 |"
     assert '"pden","usps",80.0000,0.0000' in table.csv(rows())

@@ -102,16 +102,6 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path):
     assert lines[0] == lines[1]
 
 
-def test_two_processes_train_as_one_run(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*command, str(tmp_path), "two"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert result["epochs"] == 3 and result["last"]["loss"] > 0
-    assert len(read_metrics(tmp_path / "two" / "metrics.jsonl")) == 3
-
-
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Gradients, AWP's direction, the gathered features, the ratio of norms: all are of the whole batch."""
     script = str(SCRIPT.with_name("parity.py"))

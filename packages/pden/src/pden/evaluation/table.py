@@ -54,9 +54,10 @@ def group(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
 
 
 def _settings(config: str) -> tuple[str, ...]:
-    """Lines of a `config.toml` that bear on figures; those of single runs left out."""
+    """Lines of a `config.toml` that bear on figures; those of single runs, before its tables, left out."""
     own = ("name =", "seed =", "device =", "checkpoint_every =", "log_every =")
-    return tuple(line for line in config.splitlines() if not line.startswith(own))
+    head, *tables = config.split("\n[", 1)
+    return (*(line for line in head.splitlines() if not line.startswith(own)), *tables)
 
 
 def summarise(groups: Mapping[str, Sequence[Mapping[str, Any]]], selection: str) -> dict[str, dict[str, Cell]]:
