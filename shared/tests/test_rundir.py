@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -151,3 +152,14 @@ def test_git_is_that_of_the_current_folder_else_of_the_code(tmp_path: Path, monk
     monkeypatch.chdir(code)
     (code / "file").write_text("b")
     assert evidence()["git"] == {"sha": found["sha"], "dirty": True}
+
+
+def test_a_run_that_never_came_to_a_checkpoint_leaves_its_name_free(tmp_path: Path) -> None:
+    for begun in (True, False):
+        run = RunDir.create(tmp_path, "a", Config())
+        run.metrics.close()
+        if begun:
+            run.checkpoints.save(1, {"weight": torch.zeros(1)}, {})
+        run.discard_unbegun()
+        assert run.path.exists() is begun
+        shutil.rmtree(run.path, ignore_errors=True)

@@ -90,7 +90,8 @@ from expkit.rundir import evidence
 from train_adv.data.dataset import DataSet, hold_out
 from train_adv.evaluation.evaluate import Settings, evaluate, row
 from train_adv.training.config import TrainConfig
-from train_adv.training.run import Given, Outcome, read_data, train
+from train_adv.training.given import Given, read_data
+from train_adv.training.run import Outcome, train
 from train_adv.training.trainer import Diverged
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -71,6 +71,11 @@ def visible_gpus(count: int) -> list[str]:
     return ids[:count]
 
 
+def described(tensor: Tensor) -> str:
+    """Dtype and shape for a message: "float32 (2, 3)"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`, without waiting: from pinned memory to a GPU, as a copy from any other memory
     waits for all that the GPU has been given before."""

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,11 @@ class RunDir:
         _record(path / "env.json")
         board = path / "tensorboard" if tensorboard else None
         return cls(path, MetricsWriter(metrics, append=resume, tensorboard=board), checkpoints)
+
+    def discard_unbegun(self) -> None:
+        """Remove the folder of a run that failed before its first checkpoint, so that its name is free again."""
+        if not self.checkpoints.steps():
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def evidence(seed: int | None = None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from expkit.device import described
 from expkit.errors import UsageError
 
 
@@ -15,8 +16,7 @@ def check_pixels(images: Tensor, name: str, first: int = 0) -> None:
         first: number of the first image, for the message.
     """
     if not images.is_floating_point():
-        kind = str(images.dtype).removeprefix("torch.")
-        raise UsageError(f"{name}: pixels are {kind}; give uint8, or floats in [0, 1]")
+        raise UsageError(f"{name}: images are {described(images)}; give uint8, or floats in [0, 1]")
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[0, 0])
         raise UsageError(f"{name}: image {first + bad} has pixels that are not numbers (nan or infinite)")

@@ -55,7 +55,8 @@ def fit(
     from train_adv.data.dataset import DataSet
     from train_adv.precision import process_as_before
     from train_adv.training.config import TrainConfig
-    from train_adv.training.run import Given, train
+    from train_adv.training.given import Given
+    from train_adv.training.run import train
 
     table = topology if isinstance(topology, Mapping) else {"weight": topology}
     flags: dict[str, Any] = flatten({**settings, "host": host, "name": name, "topology": table})

@@ -10,7 +10,8 @@ from torch import nn
 from expkit.config import load_config
 from expkit.distributed import join
 from train_adv.training.config import TrainConfig
-from train_adv.training.run import Given, train
+from train_adv.training.given import Given
+from train_adv.training.run import train
 
 SETTINGS = {
     "host": "trades",

@@ -47,7 +47,7 @@ def fit(tmp_path: Path, **settings):
 
 def train_adv_data(limit: int) -> DataSet:
     from train_adv.training.config import DataConfig
-    from train_adv.training.run import read_data
+    from train_adv.training.given import read_data
 
     return read_data(DataConfig(limit=limit))
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expkit.device import described
 from expkit.errors import UsageError
 from pden.losses.safety import IGNORED
 from pden.pixels import check_pixels
@@ -41,11 +42,11 @@ class Domain:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 4:
             raise UsageError(
-                f"{self.name}: images are {_kind(self.images)}; needed are uint8 (count, channels, height, width), "
+                f"{self.name}: images are {described(self.images)}; needed are uint8 (count, channels, height, width), "
                 "which pden.data.to_uint8 makes of floats in [0, 1]"
             )
         if self.labels.dtype != torch.int64 or self.labels.dim() not in (1, 3):
-            raise UsageError(f"{self.name}: labels are {_kind(self.labels)}; needed are int64 (count,)")
+            raise UsageError(f"{self.name}: labels are {described(self.labels)}; needed are int64 (count,)")
         if len(self.images) == 0 or len(self.images) != len(self.labels):
             raise UsageError(f"{self.name}: {len(self.images)} images and {len(self.labels)} labels")
         counted = self.labels[self.labels != IGNORED] if self.dense else self.labels
@@ -149,10 +150,6 @@ def to_uint8(images: Tensor, name: str, first: int = 0) -> Tensor:
     return (images.float() * 255).round().to(torch.uint8)
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) -> Domain:
     """Any map-style torch dataset of (image, label) as a domain in memory.
 
@@ -179,7 +176,9 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
         tensor = item[0] if isinstance(item[0], Tensor) else pil_to_tensor(item[0])
         label = torch.as_tensor(item[1])
         if label.is_floating_point() or label.dim() not in (0, 2):
-            raise UsageError(f"{name}: label {index} is {_kind(label)}; needed is an integer, or one for each pixel")
+            raise UsageError(
+                f"{name}: label {index} is {described(label)}; needed is an integer, or one for each pixel"
+            )
         images.append(to_uint8(tensor[None] if tensor.dim() == 3 else tensor[None, None], name, index)[0])
         labels.append(label.long())
     if not images:

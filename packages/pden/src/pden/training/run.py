@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +91,7 @@ def train(
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
     job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
-    store = CheckpointStore(runs / config.name / "checkpoints")
-    checkpoint = store.latest() if resume else None
+    checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
     if checkpoint is not None:
         try:
             restore(trainer, checkpoint)
@@ -105,8 +103,8 @@ def train(
     try:
         job.work()
     except Exception:
-        if run is not None and not resume and not store.steps():
-            shutil.rmtree(run.path, ignore_errors=True)  # nothing came of it, and its name shall stay free
+        if run is not None and not resume:
+            run.discard_unbegun()
         raise
     finally:
         if run is not None:

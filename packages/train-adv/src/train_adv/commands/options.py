@@ -99,7 +99,7 @@ def data_of(name: str | None, data_dir: Path | None, checkpoint: Path) -> DataSe
     from expkit.errors import UsageError
     from train_adv.models.checkpoint import spec_of
     from train_adv.training.config import DataConfig
-    from train_adv.training.run import read_data
+    from train_adv.training.given import read_data
 
     require_there(checkpoint)
     config = run_config(checkpoint)

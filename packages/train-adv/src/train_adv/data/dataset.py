@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from expkit.device import described
 from expkit.errors import UsageError
 
 
@@ -56,13 +57,15 @@ class Resident:
         images, labels = self.images, self.labels
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise UsageError(
-                f"images are {_kind(images)}; needed are uint8 of 0 to 255, (n, channels, height, width), as in "
+                f"images are {described(images)}; needed are uint8 of 0 to 255, (n, channels, height, width), as in "
                 "(images * 255).round().to(torch.uint8)"
             )
         if images.shape[1] > 4 >= images.shape[3]:
-            raise UsageError(f"images are {_kind(images)}, with their channels last; use images.permute(0, 3, 1, 2)")
+            raise UsageError(
+                f"images are {described(images)}, with their channels last; use images.permute(0, 3, 1, 2)"
+            )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise UsageError(f"labels are {_kind(labels)}; needed are int64 ({len(images)},), one for each image")
+            raise UsageError(f"labels are {described(labels)}; needed are int64 ({len(images)},), one for each image")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -130,10 +133,6 @@ class DataSet:
         """(channels, height, width)."""
         channels, height, width = self.train.read(torch.tensor([0])).shape[1:]
         return channels, height, width
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def stream_seed(*parts: int | str) -> int:

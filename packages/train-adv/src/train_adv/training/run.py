@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from expkit.checkpoint import CheckpointStore, load_tensors, write_json
 from expkit.cli import console, progress
@@ -23,20 +21,18 @@ from expkit.seed import seed_everything
 from train_adv.attacks.norms import make_norm
 from train_adv.attacks.pgd import PGD
 from train_adv.data.batches import Batches
-from train_adv.data.dataset import Augment, DataSet, Resident, Split, channel_statistics, hold_out
-from train_adv.data.load import load_data
+from train_adv.data.dataset import DataSet, Resident, Split, hold_out
 from train_adv.hosts.make import make_host
-from train_adv.models.build import build
 from train_adv.models.checkpoint import load_model, load_weights, save_model
 from train_adv.models.classifier import Classifier, ModelSpec
-from train_adv.modes import eval_mode
 from train_adv.precision import training_precision
 from train_adv.topology import metrics
 from train_adv.topology.loss import TopologyLoss
 from train_adv.topology.regularizer import TopologyRegularizer
 from train_adv.training.climber import resolve_engine
-from train_adv.training.config import DataConfig, TopologyConfig, TrainConfig
+from train_adv.training.config import TopologyConfig, TrainConfig
 from train_adv.training.detect import catastrophic_overfitting, robust_overfitting
+from train_adv.training.given import Given, describe, fresh, read_data, require_logits
 from train_adv.training.measure import features_of, right_answers, right_under_pgd
 from train_adv.training.reduce import average_statistics, broadcast, of_main, total
 from train_adv.training.trainer import Trainer
@@ -59,19 +55,6 @@ class Outcome:
     model: Classifier
 
 
-@dataclass(frozen=True)
-class Given:
-    """What the caller of `fit` may bring instead of a name.
-
-    Attributes:
-        data: a data set.
-        model: a function that makes the network, fresh each time; it takes normalised images.
-    """
-
-    data: DataSet | None = None
-    model: Callable[[], nn.Module] | None = None
-
-
 def train(
     config: TrainConfig, runs: Path, world: World, *, resume: bool = False, given: Given | None = None
 ) -> Outcome:
@@ -89,7 +72,7 @@ def train(
     data = given.data if given.data is not None else read_data(config.data)
     spec = describe(config, data, given)
     if given.model is not None:
-        _require_logits(_fresh(spec, given))
+        require_logits(fresh(spec, given))
     folder = runs / config.name
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
@@ -102,58 +85,13 @@ def train(
                 job.trainer.restore(checkpoint.tensors, checkpoint.state)
         job.fit()
     except Exception:
-        kept = (folder / REFERENCE).exists() or CheckpointStore(folder / "checkpoints").steps()
-        if run is not None and not resume and not kept:
-            shutil.rmtree(folder, ignore_errors=True)  # nothing came of it, and its name shall stay free
+        if run is not None and not resume and not (folder / REFERENCE).exists():
+            run.discard_unbegun()
         raise
     finally:
         if run is not None:
             run.metrics.close()
     return job.finish(record)
-
-
-def read_data(config: DataConfig) -> DataSet:
-    """The data of a configuration, cut and augmented as it says."""
-    data = load_data(
-        config.name,
-        config.dir,
-        image_size=config.image_size,
-        corrupt=config.corrupt,
-        resident_gib=config.resident_gib,
-    )
-    padding = data.augment.padding if config.padding is None else config.padding
-    flip = data.augment.flip if config.flip is None else config.flip
-    train = data.train
-    if 0 < config.limit < len(train):
-        train = train.select(torch.arange(config.limit))
-    return replace(data, train=train, augment=Augment(padding, flip))
-
-
-def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
-    """What the checkpoint will say about the model."""
-    if len(data.class_names) < 2:
-        raise UsageError(f"{data.name} has {len(data.class_names)} class; a classifier needs at least 2")
-    mean, std = channel_statistics(data.train)
-    name = "custom" if given.model is not None else str(config.model)
-    return ModelSpec(name, data.class_names, data.image_shape, mean, std, "auto")
-
-
-def _fresh(spec: ModelSpec, given: Given) -> Classifier:
-    return Classifier(given.model(), spec) if given.model is not None else build(spec)
-
-
-@torch.no_grad()
-def _require_logits(model: Classifier) -> None:
-    """Raise UsageError where a network of the caller's does not give a logit for each class."""
-    classes, images = len(model.spec.class_names), torch.zeros(2, *model.spec.image_shape)
-    try:
-        with eval_mode(model):
-            shape = tuple(model(images).shape)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(f"the network does not take images {tuple(images.shape)}: {error}") from None
-    if shape != (2, classes):
-        need = f"needed are logits (2, {classes})"
-        raise UsageError(f"the network gives {shape} for 2 images of {classes} classes; {need}")
 
 
 def _reference(
@@ -221,12 +159,12 @@ class _Job:
             workers=min(config.data.workers, os.cpu_count() or 1),
         )
         seed_everything(config.seed)
-        model = _fresh(spec, given)
+        model = fresh(spec, given)
         settings = config.attack
         assert settings.epsilon is not None and settings.step_size is not None  # resolved
         attack = PGD(settings.epsilon, settings.step_size, settings.steps, make_norm(settings.norm))
         teacher = replace(spec, name=config.teacher) if config.teacher is not None else spec
-        host = make_host(config.host, attack, config.beta, lambda: _fresh(teacher, given))
+        host = make_host(config.host, attack, config.beta, lambda: fresh(teacher, given))
         model, host = model.to(device), host.to(device)
         if reference is not None:
             self.reference = reference.to(device).to(memory_format=torch.channels_last).eval()
