@@ -3,6 +3,7 @@
     python packages/train-adv/benchmarks/study.py plan   [PART ...] --out OUT
     python packages/train-adv/benchmarks/study.py run    [PART ...] --out OUT --work WORK --data-dir DATA
     python packages/train-adv/benchmarks/study.py report --out OUT --to packages/train-adv/results/study.json
+    python packages/train-adv/benchmarks/study.py restore --out OUT --to packages/train-adv/results/study.json
 
 Parts (all of them where none is named; `plan` prints the leases that are left, with minutes):
 
@@ -20,6 +21,8 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
+    multistep   the same with the rate cut at a half and three quarters, AT alone and + TRAIN as in `careful`, and AWP +
+                TRAIN on AT and TRADES, as in `careful` and `customary`
     edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
 No setting is chosen on test images (that `inputs` was swept at all is owed to some of them). The sweeps (`rate` to
@@ -30,9 +33,9 @@ trained on all training images but their 2 % for validation, and are judged on t
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
-last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm: the standard
-model is trained again in under a minute, by its seed. Each JSON has its hash: where the compiler timed its kernels,
-arms of one seed have standard models that differ by rounding.
+last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm, which `restore`
+fills from what was published: the standard model is trained again in under a minute, by its seed. Each JSON has its
+hash: where the compiler timed its kernels, arms of one seed have standard models that differ by rounding.
 
 With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
 Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
@@ -78,7 +81,7 @@ from study_arms import (
 )
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
-from study_report import choose, line, pack, plot_frontier, plot_topology, publishable, report
+from study_report import choose, line, pack, plot_frontier, plot_long, plot_topology, publishable, report, restore
 
 from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config
@@ -109,10 +112,14 @@ def main() -> int:
         if arguments.action == "report":
             print(report(results))
             if arguments.to is not None:
-                write_json(arguments.to, publishable(results))
+                before = json.loads(arguments.to.read_text(encoding="utf-8")) if arguments.to.is_file() else None
+                write_json(arguments.to, publishable(results, before))
                 plot_frontier(results, arguments.to.with_name(f"{arguments.to.stem}-frontier.png"))
+                plot_long(results, arguments.to.with_name(f"{arguments.to.stem}-long.png"))
                 if any(each["arm"].startswith("epsilon-") for each in results):
                     plot_topology(results, arguments.to.with_name(f"{arguments.to.stem}-topology.png"))
+        elif arguments.action == "restore":
+            print(f"{len(restore(json.loads(arguments.to.read_text(encoding='utf-8')), arguments.out))} files written")
         elif arguments.action == "plan":
             print(plan(jobs(arguments, results), arguments.minutes, arguments.gpus))
         elif arguments.gpus > 1:
@@ -127,7 +134,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("plan", "run", "report"))
+    parser.add_argument("action", choices=("plan", "run", "report", "restore"))
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--work", type=Path, default=Path("work"), help="runs; lost with the machine")
     parser.add_argument("--out", type=Path, default=Path("out"), help="JSON files, to be kept and brought along")
@@ -141,12 +148,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--end", type=float, help=argparse.SUPPRESS)  # of the lease, for the processes of its GPUs
     parser.add_argument("--at", type=_choice, help="RATE:KERNEL:LAMBDA for AT and MART, instead of the sweeps'")
     parser.add_argument("--trades", type=_choice, help="RATE:KERNEL:LAMBDA:BETA for TRADES, instead of the sweeps'")
-    parser.add_argument("--to", type=Path, help="with `report`: all arms in one file to publish, and its pictures")
+    parser.add_argument(
+        "--to",
+        type=Path,
+        help="with `report`: all arms in one file to publish, and its pictures; with `restore`: that file",
+    )
     parser.add_argument("--limit", type=int, default=0, help="judged images (0: all), to try the script out")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key, for every arm")
     arguments = parser.parse_args()
     if arguments.gpus < 1:
         parser.error(f"--gpus {arguments.gpus}: at least 1 is needed")
+    if arguments.action == "restore" and (arguments.to is None or not arguments.to.is_file()):
+        parser.error("restore: --to names the published file that is read")
     for part in arguments.parts:
         if part not in PARTS:
             parser.error(f"unknown part {part!r}; use some of {', '.join(PARTS)}")

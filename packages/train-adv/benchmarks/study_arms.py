@@ -12,11 +12,11 @@ from typing import Any
 BASE, LONG = "cifar10-resnet18.toml", "cifar10-resnet18-100.toml"
 PARTS = (
     "speed", "standard", "rate", "lambda", "beta", "joint", "inputs", "main", "customary", "careful", "epsilons",
-    "everything", "long", "edges",
+    "everything", "long", "multistep", "edges",
 )  # fmt: skip
 SEEDED = ("standard", "main", "customary", "careful")  # trained with each seed, all else with the first
 # What each part needs: rates are chosen first, then lambda and beta, then lambda at that beta; the rest has them all.
-LAST = ("main", "customary", "careful", "epsilons", "everything", "long")
+LAST = ("main", "customary", "careful", "epsilons", "everything", "long", "multistep")
 STAGES = {"rate": 1, "lambda": 2, "beta": 2, "joint": 3, "inputs": 3, **dict.fromkeys(LAST, 4)}
 RATES = (0.05, 0.1, 0.2)
 BETA = 6.0  # TRADES' customary one
@@ -44,7 +44,7 @@ class Arm:
         tuning: trained without, and judged on, a tenth of the training images, so that nothing is chosen on the test
             images (see `study.tuning_split`).
         attacks: on the last checkpoint, and on the best one where that is of another epoch; none: only timed.
-        final: on the last checkpoint besides; on the best one too in the part `long`, whose ends may have overfitted.
+        final: on the last checkpoint besides; on the best one too of 100 epochs, whose ends may have overfitted.
         reference: whether it needs the standard model of its seed (for TRAIN, or for the metrics of topology).
         both: judge the best checkpoint too.
     """
@@ -68,7 +68,7 @@ class Arm:
 
     @property
     def final_of_both(self) -> bool:
-        return self.both and self.name.startswith("long")
+        return self.both and self.base == LONG
 
     @property
     def kind(self) -> tuple[str, bool, bool, int]:
@@ -110,9 +110,10 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     natural = {"at": replace(at, inputs="natural"), "trades": replace(trades, inputs="natural")}
     first = {"at": natural["at"], "trades": replace(natural["trades"], beta=BETA)}
     beside = [(BETA, "both", 100.0), (BETA, "both", 300.0), (BETA, "adversarial", 100.0), (2.0, "adversarial", 100.0)]
-    at_, trades_ = (replace(each, rate=LONG_RATE) for each in (at, trades))  # of the long runs
+    at_, trades_, customary_, careful_ = (replace(each, rate=LONG_RATE) for each in (at, trades, customary, careful))
     aa = ("autoattack",)
     rare = {"validation.every": 2}
+    cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
     return {
         "speed": [
             Arm(f"speed-{host}{'+train' if weight else ''}-{size}", _speed(host, weight, size), attacks=())
@@ -181,6 +182,13 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
             Arm("long-at+train", {"host": "at", **at_.train, **rare}, LONG, final=aa),
             Arm("long-trades", {"host": "trades", **trades_.alone, **rare}, LONG, final=aa),
             Arm("long-trades+train", {"host": "trades", **trades_.train, **rare}, LONG, final=aa),
+        ],
+        "multistep": [
+            Arm("multistep-at", {"host": "at", **at_.alone, **cut}, LONG, final=aa),
+            Arm(f"multistep-at+train{careful_.suffix}", {"host": "at", **careful_.train, **cut}, LONG, final=aa),
+            Arm("multistep-everything-trades",
+                {"host": "trades", "awp.gamma": 0.005, **customary_.train, **cut}, LONG, final=aa),
+            Arm("multistep-everything-at", {"host": "at", "awp.gamma": 0.01, **careful_.train, **cut}, LONG, final=aa),
         ],
         "edges": [
             replace(arm, name=arm.name.replace("tune", "edge"))

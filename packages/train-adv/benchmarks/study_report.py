@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from study_arms import BETA, Choice
 
+from expkit.checkpoint import write_json
 from train_adv.evaluation.statistics import paired_difference
 from train_adv.topology.plots import TITLES, pyplot, save
 
 HOSTS = ("at", "trades")
 START = Choice(0.1, "cosine", 30.0)  # until the sweeps have been run
+LONG = ("long-", "multistep-")  # names of arms of 100 epochs begin so
 TOLERANCE = 0.003  # robust accuracy that TRAIN may cost in the choice, as in the study's aim
 
 
@@ -89,24 +91,51 @@ def unpack(text: str) -> torch.Tensor:
     return torch.tensor([each == "1" for each in bits[: int(count)]], dtype=torch.bool)
 
 
-def publishable(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All arms for one file: without answers image by image and accuracies by class, and without a machine's paths."""
-    text = json.dumps([{key: value for key, value in each.items() if key != "answers"} for each in results])
+def publishable(results: Sequence[dict[str, Any]], before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """All arms for one file: without a machine's paths, accuracies by class, and the sweeps' answers image by image.
+
+    Args:
+        before: what was published before; where an arm's answers are not at hand any more, its differences stay.
+    """
+    text = json.dumps(results)
     for option, word in (("data-dir", "DATA"), ("out", "OUT"), ("work", "WORK")):
         paths = {Path(each.split("/gpu")[0]) for each in re.findall(rf"--{option} ([^ \"]+)", text)}
         for path in sorted(map(str, paths), key=len, reverse=True):
             text = text.replace(path, word)
     arms = json.loads(text)
     for arm in arms:
+        if arm.get("tuning_split"):
+            arm["answers"] = {}
         for attacks in arm["evaluation"].values():
             for each in attacks.values():
                 each.pop("per_class", None)
     note = (
-        "answers image by image and accuracies by class are left out; a machine's paths are DATA, WORK and OUT; the "
-        "machines had no repository, and git says what was sent to them; an arm's name holds its rate also where the "
-        "command and config.name do not have it yet"
+        "answers image by image (hexadecimal digits, four images each) are those that were kept of arms judged on test "
+        "images; accuracies by class are left out; a machine's paths are DATA, WORK and OUT; the machines had no "
+        "repository, and git says what was sent to them; an arm's name holds its rate also where the command and "
+        "config.name do not have it yet"
     )
-    return {"note": note, "arms": arms, "differences": differences(results)}
+    found = {_pair(each): each for each in (before or {}).get("differences", ())}
+    for each in differences(results):
+        known = found.get(_pair(each))
+        if known is None or len(known["by_seed"]) <= len(each["by_seed"]):
+            found[_pair(each)] = each
+    return {"note": note, "arms": arms, "differences": [found[pair] for pair in sorted(found)]}
+
+
+def restore(published: dict[str, Any], out: Path) -> list[Path]:
+    """The files of OUT that are not there, from what was published, so that a study goes on elsewhere."""
+    written = []
+    for arm in published["arms"]:
+        path = out / f"{arm['arm']}-{arm['training']['seed']}.json"
+        if not path.exists():
+            write_json(path, arm)
+            written.append(path)
+    return written
+
+
+def _pair(difference: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(difference[key] for key in ("arm", "other", "checkpoint", "attack"))
 
 
 def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -178,6 +207,26 @@ def plot_topology(results: Sequence[dict[str, Any]], path: Path) -> None:
     save(drawing, path)
 
 
+def plot_long(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy on the validation images over the epochs of the arms of 100 epochs; a point at the best checkpoint."""
+    arms = [each for each in results if each["arm"].startswith((*LONG, "everything-")) and each.get("epochs")]
+    drawing, panels = pyplot().subplots(1, 2, figsize=(12, 4.5))
+    for axes, key, title in zip(panels, ("val_natural", "val_pgd"), ("natural", "PGD-10"), strict=True):
+        for each in arms:
+            seen = [epoch for epoch in each["epochs"] if key in epoch]
+            best = each["training"]["best"]["epoch"]
+            xs, ys = [epoch["epoch"] for epoch in seen], [100 * epoch[key] for epoch in seen]
+            (drawn,) = axes.plot(xs, ys, label=each["arm"])
+            axes.plot([best], [ys[xs.index(best)]], "o", color=drawn.get_color())
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(f"{title} accuracy, validation images (%)")
+        axes.set_ylim(bottom=30)
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=8, loc="lower right")
+    drawing.tight_layout()
+    save(drawing, path)
+
+
 def line(found: dict[str, Any]) -> str:
     """One arm in one line."""
     cells = [f"{found['arm']:28} seed {found['training']['seed']}"]
@@ -200,7 +249,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         by_seed = ", ".join(f"seed {seed} {100 * value:+.2f}" for seed, value in each["by_seed"].items())
         low, high = each["interval"]
         lines.append(
-            f"{each['arm']} - {each['other']}, {each['attack']}: {100 * each['difference']:+.2f} "
+            f"{each['arm']} - {each['other']}, {each['checkpoint']}, {each['attack']}: {100 * each['difference']:+.2f} "
             f"[{100 * low:+.2f}, {100 * high:+.2f}] ({by_seed})"
         )
     for host in HOSTS:
@@ -209,20 +258,28 @@ def report(results: Sequence[dict[str, Any]]) -> str:
 
 
 def differences(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every arm with TRAIN to its host, its control, and TRADES where it meets that one's frontier: paired, last
-    checkpoints, all common seeds."""
+    """Of every arm with TRAIN to its host, its control, and TRADES where it meets that one's frontier: paired, all
+    common seeds; last checkpoints, and the best ones of arms of 100 epochs, whose ends may have overfitted."""
     found = []
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for each in results:
-        by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"].get("last", {})
+        by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"]
     for arm, seeds in by_arm.items():
         host, train, _ = arm.partition("+train")
         others = [host, f"{host}-control"]
         others += ["trades"] if host in ("at", f"trades-{BETA:g}") else []  # whose frontier these meet
         for other in others if train else ():
-            pairs = _differences(seeds, by_arm.get(other, {}))
-            found += [{"arm": arm, "other": other, **each} for each in pairs]
+            for which in ("last", "best") if arm.startswith(LONG) else ("last",):
+                own, theirs = (_answers(each, which) for each in (seeds, by_arm.get(other, {})))
+                found += [
+                    {"arm": arm, "other": other, "checkpoint": which, **each} for each in _differences(own, theirs)
+                ]
     return found
+
+
+def _answers(seeds: dict[int, dict[str, Any]], which: str) -> dict[int, dict[str, Any]]:
+    """Of a checkpoint, by seed and attack; where the best one is the last, it was judged once."""
+    return {seed: each.get(which) or each.get("last", {}) for seed, each in seeds.items()}
 
 
 def _differences(own: dict[int, Any], theirs: dict[int, Any]) -> list[dict[str, Any]]:

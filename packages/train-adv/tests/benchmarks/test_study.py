@@ -198,10 +198,60 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
     ]
     one, two = (report.unpack(right[seed]["natural"]).double().mean() for seed in (0, 1))
     assert found[0]["difference"] == pytest.approx(float(two - one)) == found[0]["by_seed"]["0"] != 0
-    assert f"at+train - at, natural: {100 * found[0]['difference']:+.2f} [" in report.report(results)
+    assert f"at+train - at, last, natural: {100 * found[0]['difference']:+.2f} [" in report.report(results)
 
 
-def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_path):
+def answered(arm: str, seed: int, **answers: torch.Tensor) -> dict:
+    """An arm with answers to one attack by checkpoint, and no other figures."""
+    packed = {which: {"apgd": sys.modules["study_report"].pack(right)} for which, right in answers.items()}
+    return {"arm": arm, "training": {"seed": seed}, "answers": packed, "evaluation": {}, "config": {}}
+
+
+def test_of_arms_of_100_epochs_the_best_checkpoints_are_compared_too(modules):
+    _, _, report = modules
+    none, some, all_ = (torch.arange(8) < count for count in (0, 4, 8))
+    results = [answered("long-at", 0, last=none, best=some), answered("long-at+train", 0, last=some, best=all_)]
+    assert {each["checkpoint"]: each["difference"] for each in report.differences(results)} == {
+        "last": 0.5,
+        "best": 0.5,
+    }
+    results[1] = answered("long-at+train", 0, last=some)  # its last checkpoint is its best one
+    assert {each["checkpoint"]: each["difference"] for each in report.differences(results)} == {
+        "last": 0.5,
+        "best": 0.0,
+    }
+    short = [{**each, "arm": each["arm"].removeprefix("long-")} for each in results]
+    assert [each["checkpoint"] for each in report.differences(short)] == ["last"]
+
+
+def test_a_study_goes_on_from_what_was_published(modules, tmp_path, monkeypatch, capsys):
+    study, _, report = modules
+    none, all_ = torch.arange(8) < 0, torch.arange(8) < 8
+    results = [answered(arm, seed, last=right) for arm, right in (("at", none), ("at+train", all_)) for seed in (0, 1)]
+    published = report.publishable(results)
+    assert [each["difference"] for each in published["differences"]] == [1.0]
+    (tmp_path / "study.json").write_text(json.dumps(published))
+    out = tmp_path / "out"
+    call = ["study.py", "restore", "--out", str(out), "--to", str(tmp_path / "study.json")]
+    monkeypatch.setattr(sys, "argv", call)
+    assert study.main() == 0 and "4 files" in capsys.readouterr().out
+    found = study.read_results(out)
+    assert report.publishable(found)["differences"] == published["differences"]
+    assert all(each in found for each in published["arms"]) and len(found) == 4
+    assert study.main() == 0 and "0 files" in capsys.readouterr().out  # what is there is newer
+    # Answers that were lost take no published difference with them; more seeds replace it, fewer do not.
+    lost = [{**each, "answers": {}} for each in found]
+    assert report.publishable(lost, published)["differences"] == published["differences"]
+    some = [{**each, "answers": each["answers"] if each["training"]["seed"] == 0 else {}} for each in found]
+    assert report.publishable(some, published)["differences"] == published["differences"]
+    more = [*found, answered("at", 2, last=all_), answered("at+train", 2, last=all_)]
+    assert report.publishable(more, published)["differences"][0]["difference"] == pytest.approx(2 / 3)
+    monkeypatch.setattr(sys, "argv", [*call[:-1], str(tmp_path / "absent.json")])
+    with pytest.raises(SystemExit):
+        study.main()
+
+
+def test_what_is_published_has_no_path_and_no_answers_of_sweeps_and_is_drawn(modules, tmp_path):
     _, _, report = modules
     results = [
         result("tune-at-rate-0.1", 0.74, 0.43),
@@ -219,7 +269,9 @@ def test_what_is_published_has_no_path_and_no_answers_and_is_drawn(modules, tmp_
     assert "/data" not in json.dumps(published) and "/w" not in json.dumps(published)
     first = published["arms"][0]
     assert first["config"]["topology.path"] == "WORK/gpu1/standard-0" and first["config"]["data.dir"] == "DATA"
-    assert "answers" not in first and "per_class" not in first["evaluation"]["last"]["apgd"] and "answers" in results[0]
+    assert first["answers"] == {"last": {"apgd": "4:f"}} and "per_class" not in first["evaluation"]["last"]["apgd"]
+    results[0]["tuning_split"] = {"seed": 1}  # of the sweeps they serve no difference
+    assert report.publishable(results)["arms"][0]["answers"] == {} != results[0]["answers"]
     report.plot_frontier(results, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     first_pass = json.loads((BENCHMARKS.parent / "results" / "study-batch512.json").read_text())
