@@ -3,6 +3,7 @@
     python packages/pden/benchmarks/study.py plan --gpus 2 --out OUT
     python packages/pden/benchmarks/study.py run --gpus 2 --data-dir DATA --work WORK --out OUT
     python packages/pden/benchmarks/study.py report --out OUT --to packages/pden/results
+    python packages/pden/benchmarks/study.py restore --out OUT --to packages/pden/results
 
 `run` gives every GPU `--side` trainings at a time and begins none that would not end within `--lease` minutes of the
 first `run` on this machine. Where a command may not last so long, start it in the background, or repeat it with
@@ -10,6 +11,7 @@ first `run` on this machine. Where a command may not last so long, start it in t
 /dev/shm). OUT is small (figures and pictures, a few MiB in all), and all that a later lease needs: what has its figures
 there is not run again, nor is a training that has failed by itself (`failed.json` in the place of its figures, to be
 removed for another try); one that was killed, or for which there was no memory, is tried again by the next `run`.
+`restore` fills OUT from what `report` has published.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
@@ -45,7 +47,7 @@ from expkit.rundir import evidence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from study_jobs import PARTS, Estimates, Job, choose, jobs_of, leases, next_job, queue
-from study_tables import report
+from study_tables import report, restore
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STOPPING = 20  # seconds that a training may take to end
@@ -263,11 +265,11 @@ def began_on(work: Path) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
-    for action in ("plan", "run", "report"):
+    for action in ("plan", "run", "report", "restore"):
         one = actions.add_parser(action)
         one.add_argument("--out", type=Path, required=True, help="small folder that later leases need")
-        if action == "report":
-            one.add_argument("--to", type=Path, required=True, help="folder for JSON, tables and charts")
+        if action in ("report", "restore"):
+            one.add_argument("--to", type=Path, required=True, help="folder of JSON, tables and charts")
             continue
         one.add_argument("--side", type=int, default=1, help="trainings side by side on a GPU")
         one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
@@ -285,6 +287,9 @@ def main() -> int:
         if study.failed:
             print(f"left out{told(study.failed)}")
         report(study.out, arguments.to)
+        return 0
+    if arguments.action == "restore":
+        print(f"{restore(arguments.to, study.out)} files written")
         return 0
     seen = torch.cuda.device_count()
     if arguments.gpus is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,20 +20,20 @@ from pden.evaluation.chart import save_bars
 def report(out: Path, to: Path) -> None:
     """One JSON file for each part that has figures; where it has targets, a table and a chart too. The digits' methods
     stand in one table besides, with the figures that were aimed at."""
-    record = evidence()
+    record = publishable(evidence())
     files = {part: [out / part / job.name / "result.json" for job in jobs_of(part)] for part in PARTS}
     files = {part: [file for file in each if file.is_file()] for part, each in files.items()}
     found = {part: [json.loads(file.read_text(encoding="utf-8")) for file in each] for part, each in files.items()}
     for part, runs in found.items():
         if not runs:
             continue
+        about: dict[str, Any] = {**record, "runs": [publishable(each) for each in runs]}
         if part == "ablation":
             whole = [each for each in found["paper"] if each["seed"] in SEEDS[:2]]
             runs = [*(after_round(each, ABLATION_ROUNDS) for each in whole), *runs]
         if part == "cifar":
             print(f"{part}, last checkpoint, means over 15 corruptions by level\n\n{table.markdown(by_level(runs))}")
             runs = [hardest(each) for each in runs]
-        about: dict[str, Any] = {**record, "runs": [trimmed(each) for each in runs]}
         if all("targets" in each["selections"]["last"] for each in runs):
             about["selections"] = summaries(part, runs, to)
         write_json(to / f"{part}.json", about)
@@ -150,8 +151,30 @@ def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, 
     return selections
 
 
-def trimmed(result: dict[str, Any]) -> dict[str, Any]:
-    """What a figure needs beside it, and the curve over rounds."""
-    keys = ("name", "method", "command", "seed", "versions", "hardware", "git", "started", "domains", "selections")
-    more = ("history", "reports", "notes", "steps", "seconds", "gate_share", "reserved_memory_bytes", "config")
-    return {key: result[key] for key in (*keys, *more)}
+def publishable(result: dict[str, Any]) -> dict[str, Any]:
+    """What a command has found, without the paths of the machine that it ran on."""
+    command = str(result["command"])
+    for pattern, word in (
+        (r"(--data-dir) \S+", r"\1 DATA"),
+        (r"(--runs) \S+", r"\1 WORK"),
+        (r"(--out) \S+", r"\1 OUT"),
+        (r"(--config) \S*?(packages/pden/configs/)", r"\1 \2"),
+    ):
+        command = re.sub(pattern, word, command)
+    return {**result, "command": command}
+
+
+def restore(to: Path, out: Path) -> int:
+    """Write the figures that were published and are not in `out`, so that a study goes on elsewhere; how many."""
+    count = 0
+    for part in PARTS:
+        file = to / f"{part}.json"
+        for run in json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else ():
+            path = out / part / run["name"] / "result.json"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, run)
+                count += 1
+    if (to / "chosen.json").is_file() and not (out / "chosen.json").exists():
+        shutil.copyfile(to / "chosen.json", out / "chosen.json")
+    return count

@@ -300,7 +300,11 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
             "gate_share": 0.02,
             "selections": {"last": figures, "averaged": figures},
         }
-        rest = ("command", "versions", "git", "started", "domains", "history", "reports", "notes", "steps", "config")
+        command = (
+            "python -m pden train --config /there/packages/pden/configs/a.toml --runs /w/paper --data-dir /d --set b=1"
+        )
+        found["command"] = command
+        rest = ("versions", "git", "started", "domains", "history", "reports", "notes", "steps", "config")
         file = out / job.part / job.name / "result.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({**dict.fromkeys(rest), **found}))
@@ -310,6 +314,17 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
     assert "ours, mnist-m, averaged (%): 83.00, aimed at >= 84: missed" in aims
     assert any(line.startswith("ours, averaged, above the best baseline") and ": 28.00" in line for line in aims)
     assert any("(minutes): 9.00, aimed at <= 8: missed" in line for line in aims)
+    published = json.loads((to / "paper.json").read_text())["runs"]
+    assert {each["command"] for each in published} == {
+        "python -m pden train --config packages/pden/configs/a.toml --runs WORK --data-dir DATA --set b=1"
+    }
+    again = tmp_path / "again"
+    assert tables.restore(to, again) == 15 and tables.restore(to, again) == 0
+    tables.report(again, tmp_path / "more")
+    assert (
+        json.loads((tmp_path / "more" / "digits.json").read_text())["selections"]
+        == json.loads((to / "digits.json").read_text())["selections"]
+    )
     text = (to / "digits-averaged.md").read_text()
     assert all(label in text for label in ("erm", "pden-paper", "pden-ours")) and (to / "digits.png").is_file()
 
