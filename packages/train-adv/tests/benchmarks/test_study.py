@@ -366,7 +366,10 @@ def test_a_part_that_is_none_is_said(modules, monkeypatch, capsys):
     assert "lamda" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "arm"), [("at-train", "at+train"), ("trades-train", "trades+train-adversarial")])
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("at-train", "at+train"), ("at-train-100", "long-at+train"), ("trades-train", "trades+train-adversarial")],
+)
 def test_the_configs_that_are_recommended_are_those_that_were_measured(name, arm):
     from expkit.config import flatten, load_config
     from train_adv.training.config import TrainConfig

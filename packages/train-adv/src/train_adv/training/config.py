@@ -274,8 +274,8 @@ class TrainConfig:
         dtype: auto (bf16 on a GPU, else fp32), bf16 or fp32. Weights, images and attack arithmetic are fp32 always.
         engine: of attack and training forward: "eager", "compile", "graphs" (compiled, the whole attack one CUDA
             graph); "auto" is graphs on a GPU, else eager.
-        deterministic: bit-identical runs also on a GPU, for some speed: with the engine "eager", or a torch whose
-            compiler can be kept from timing kernels (`torch._inductor.config.deterministic`). A CPU is so anyway.
+        deterministic: bit-identical runs also on a GPU, for some speed: with the engine "eager", or compiled in
+            processes that share the compiler's cache (`TORCHINDUCTOR_CACHE_DIR`). A CPU is so anyway.
         checkpoint_every: further checkpoints after so many steps within an epoch; 0 is at epochs' ends only.
         log_every: steps between two looks at whether the loss is still finite.
     """
