@@ -110,7 +110,7 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     natural = {"at": replace(at, inputs="natural"), "trades": replace(trades, inputs="natural")}
     first = {"at": natural["at"], "trades": replace(natural["trades"], beta=BETA)}
     beside = [(BETA, "both", 100.0), (BETA, "both", 300.0), (BETA, "adversarial", 100.0), (2.0, "adversarial", 100.0)]
-    at_, trades_, customary_, careful_ = (replace(each, rate=LONG_RATE) for each in (at, trades, customary, careful))
+    at_, trades_, careful_ = (replace(each, rate=LONG_RATE) for each in (at, trades, careful))  # of the long runs
     aa = ("autoattack",)
     rare = {"validation.every": 2}
     cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
@@ -186,9 +186,9 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
         "multistep": [
             Arm("multistep-at", {"host": "at", **at_.alone, **cut}, LONG, final=aa),
             Arm(f"multistep-at+train{careful_.suffix}", {"host": "at", **careful_.train, **cut}, LONG, final=aa),
-            Arm("multistep-everything-trades",
-                {"host": "trades", "awp.gamma": 0.005, **customary_.train, **cut}, LONG, final=aa),
-            Arm("multistep-everything-at", {"host": "at", "awp.gamma": 0.01, **careful_.train, **cut}, LONG, final=aa),
+            Arm("multistep-at-awp", {"host": "at", "awp.gamma": 0.01, **at_.alone, **cut}, LONG, final=aa),
+            Arm(f"multistep-at-awp+train{careful_.suffix}",
+                {"host": "at", "awp.gamma": 0.01, **careful_.train, **cut}, LONG, final=aa),
         ],
         "edges": [
             replace(arm, name=arm.name.replace("tune", "edge"))
