@@ -97,14 +97,15 @@ def test_every_training_is_a_valid_config_of_a_name_of_its_own(part):
 
 
 def result(label: str, seed: int, disguised: float, target: float = 0.0) -> dict:
-    figures = {"validation": 0.9, "disguised": disguised, "average": target, "targets": {"usps": target}}
+    shown = {"operations": disguised, "texture": 1 - disguised}  # the latter must not be looked at
+    figures = {"validation": 0.9, "disguises": shown, "average": target, "targets": {"usps": target}}
     return {"name": f"{label}-seed{seed}".replace(", ", "_"), "seed": seed, "selections": {"averaged": figures}}
 
 
 def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
     def results(flip: float) -> list[dict]:
         return [
-            result(label, seed, 0.5 + 0.03 * place * (seed - 99.5), target=flip * place)
+            result(label, seed, 0.5 + 0.02 * place * (seed - 99.5), target=flip * place)
             for place, label in enumerate(study.CANDIDATES)
             for seed in study.CHOICE_SEEDS
         ]
@@ -116,7 +117,7 @@ def test_the_choice_is_the_best_mean_in_disguise_whatever_the_targets_say():
 
 
 def test_within_a_point_the_choice_is_the_one_nearest_to_the_paper():
-    figures = dict(zip(study.CANDIDATES, (0.5, 0.692, 0.698, 0.7, 0.6, 0.699, 0.4, 0.5), strict=True))
+    figures = dict(zip(study.CANDIDATES, (0.5, 0.692, 0.698, 0.7, 0.6, 0.699, 0.4, 0.5, 0.6, 0.3), strict=True))
     results = [result(label, seed, value) for label, value in figures.items() for seed in study.CHOICE_SEEDS]
     assert study.choose(results)["chosen"] == list(study.CANDIDATES)[1]
 

@@ -58,4 +58,5 @@ def test_a_rounds_figure_is_the_mean_over_disguises_and_decides_nothing():
     shown = disguises(trainer.validation)
     found = figures(trainer.task, trainer.validation, (), shown)
     assert found["disguised"] == sum(evaluate(trainer.task, each).accuracy for each in shown) / 2
+    assert list(found["disguises"]) == ["texture", "operations"]
     assert "disguised" not in figures(trainer.task, trainer.validation, ())

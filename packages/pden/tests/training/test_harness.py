@@ -105,6 +105,22 @@ def test_images_are_cropped_and_flipped_where_that_is_asked_for():
     assert images.shape == again.shape and not torch.equal(images, again)
 
 
+@pytest.mark.parametrize("method", ["pden", "erm"])
+def test_a_share_of_the_rounds_batches_is_textured(method):
+    plain, half, all_ = (tiny_trainer(method=method, data__randconv=share) for share in (0.0, 0.5, 1.0))
+
+    def textured(one: trainer.Trainer) -> list[bool]:
+        pairs = [(plain._batch(4, Stream(CPU, each))[0], one._batch(4, Stream(CPU, each))[0]) for each in range(40)]
+        return [not torch.equal(*pair) for pair in pairs]
+
+    assert not any(textured(all_))  # pre-training sees the source as it is
+    for each in (plain, half, all_):
+        each.clock.stage = "round"
+    assert all(textured(all_)) and not any(textured(plain)) and 10 <= sum(textured(half)) <= 30
+    one, again = (half._batch(4, Stream(CPU, 1))[0] for _ in range(2))
+    assert torch.equal(one, again)
+
+
 def test_the_round_that_labels_the_source_best_is_kept(monkeypatch, tmp_path):
     figures = iter((0.5, 0.9, 0.7))
     real = trainer.evaluate

@@ -30,6 +30,8 @@ class DataConfig:
         size: side of the images after bilinear resizing; 0 leaves images as they are.
         channels: 3 copies grey images; 1 refuses colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
+        randconv: share of the rounds' batches, in every method, that go through a random convolution first (ours:
+            domains then start from many textures); see `pden.baselines.randconv.RandConv.convolved`.
     """
 
     source: str = "digits"
@@ -41,11 +43,13 @@ class DataConfig:
     size: int = 32
     channels: int = 3
     augment: Literal["none", "crop-flip"] = "none"
+    randconv: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
         _require(self.disguised >= 0, f"data.disguised is {self.disguised}; it must be 0 or more")
         _require(self.size == 0 or self.size >= 8, f"data.size is {self.size}; use 0 or at least 8")
+        _require(0 <= self.randconv <= 1, f"data.randconv is {self.randconv}; it is a share, 0 to 1")
         _require(self.channels in (1, 3), f"data.channels is {self.channels}; use 1 or 3")
 
 

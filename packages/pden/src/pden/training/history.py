@@ -31,11 +31,12 @@ def measure_round(
 def figures(
     model: TaskModel, validation: Domain, targets: Sequence[Domain], disguised: Sequence[Domain] = ()
 ) -> dict[str, Any]:
-    """Accuracy (mIoU for segmentation) on the validation images, their mean in disguise, on each target, and the
-    targets' average."""
+    """Accuracy (mIoU for segmentation) on the validation images, on them in each disguise with the mean, on each
+    target, and the targets' average."""
     found: dict[str, Any] = {"validation": evaluate(model, validation).value}
     if disguised:
-        found["disguised"] = sum(evaluate(model, each).value for each in disguised) / len(disguised)
+        found["disguises"] = {each.name.rpartition(", ")[2]: evaluate(model, each).value for each in disguised}
+        found["disguised"] = sum(found["disguises"].values()) / len(disguised)
     scores = [evaluate(model, each) for each in targets]
     if scores:
         found["targets"] = {each.domain: each.value for each in scores}
