@@ -14,7 +14,8 @@ SEEDS = (0, 1, 2, 3, 4)
 CHOICE_SEEDS = (100, 101)
 CHOICE_ROUNDS = 5
 BARLOW = ("loss.contrast=barlow", "loss.contrast_weight=0.02")
-# What was best in short runs on the embedded digits, by the same figure (results/demo-choice.json).
+# What was best in short runs on the embedded digits, by the mean of both disguises (results/demo-choice.json); by
+# "operations" alone it is within a point of the best there.
 FARTHER = ("loss.cycle=5.0", "loss.adversarial=1.0")
 ALTERNATING = (*FARTHER, 'generator.kinds=["photometric", "geometric"]')
 RANDCONV = ("data.randconv=0.5",)
@@ -151,8 +152,8 @@ class Speed:
     shared: float
 
 
-# On an H100, by step_time.py; warped images by the study's first trainings (composite domains; alternating ones take
-# 4.6). CIFAR-10 is a guess.
+# On an H100, by step_time.py. Warped images are from trainings that were not kept, and a guess side by side; CIFAR-10
+# is a guess.
 FORESEEN = {
     "pden": Speed(5.2, 5.7),
     "pden-warp": Speed(5.8, 6.4),

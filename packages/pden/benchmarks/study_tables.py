@@ -19,7 +19,8 @@ from pden.evaluation.chart import save_bars
 
 def report(out: Path, to: Path) -> None:
     """One JSON file for each part that has figures; where it has targets, a table and a chart too. The digits' methods
-    stand in one table besides, with the figures that were aimed at."""
+    stand in one table besides, with the figures that were aimed at. What was published before stays: see `restore`."""
+    restore(to, out)
     record = publishable(evidence())
     files = {part: [out / part / job.name / "result.json" for job in jobs_of(part)] for part in PARTS}
     files = {part: [file for file in each if file.is_file()] for part, each in files.items()}
@@ -48,7 +49,8 @@ def report(out: Path, to: Path) -> None:
         print(aims)
         write_json(to / "digits.json", {**record, "selections": selections, "aims": aims.splitlines()})
     if (out / "chosen.json").is_file():
-        shutil.copyfile(out / "chosen.json", to / "chosen.json")
+        chosen = json.loads((out / "chosen.json").read_text(encoding="utf-8"))
+        write_json(to / "chosen.json", publishable(chosen))
 
 
 def aimed_at(digits: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> str:
@@ -154,13 +156,9 @@ def summaries(part: str, runs: Sequence[dict[str, Any]], to: Path) -> dict[str, 
 def publishable(result: dict[str, Any]) -> dict[str, Any]:
     """What a command has found, without the paths of the machine that it ran on."""
     command = str(result["command"])
-    for pattern, word in (
-        (r"(--data-dir) \S+", r"\1 DATA"),
-        (r"(--runs) \S+", r"\1 WORK"),
-        (r"(--out) \S+", r"\1 OUT"),
-        (r"(--config) \S*?(packages/pden/configs/)", r"\1 \2"),
-    ):
-        command = re.sub(pattern, word, command)
+    for option, word in (("data-dir", "DATA"), ("runs", "WORK"), ("work", "WORK"), ("out", "OUT"), ("to", "RESULTS")):
+        command = re.sub(rf"(--{option}) \S+", rf"\1 {word}", command)
+    command = re.sub(r"(--config) \S*?(packages/pden/configs/)", r"\1 \2", command)
     return {**result, "command": command}
 
 

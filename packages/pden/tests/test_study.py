@@ -309,6 +309,7 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
         file = out / job.part / job.name / "result.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({**dict.fromkeys(rest), **found}))
+    (out / "chosen.json").write_text(json.dumps({"command": "study.py run --work /dev/w --out /o --to /t"}))
     tables.report(out, to)
     aims = json.loads((to / "digits.json").read_text())["aims"]
     assert "the paper's settings, mnist-m, last (%): 82.00, aimed at >= 80: met" in aims
@@ -321,6 +322,15 @@ def test_the_report_has_all_methods_in_one_table_and_says_what_was_met(tmp_path,
     }
     again = tmp_path / "again"
     assert tables.restore(to, again) == 15 and tables.restore(to, again) == 0
+    one = again / "paper" / "pden-paper-seed1" / "result.json"
+    one.write_text(json.dumps({**json.loads(one.read_text()), "seconds": 1.0}))
+    tables.restore(to, again)
+    assert json.loads(one.read_text())["seconds"] == 1.0  # what is there is newer
+    # A report of fewer trainings takes none out of what was published.
+    tables.report(tmp_path / "empty", to)
+    assert len(json.loads((to / "paper.json").read_text())["runs"]) == 5
+    assert json.loads((again / "chosen.json").read_text()) == json.loads((to / "chosen.json").read_text())
+    assert json.loads((to / "chosen.json").read_text())["command"] == "study.py run --work WORK --out OUT --to RESULTS"
     tables.report(again, tmp_path / "more")
     assert (
         json.loads((tmp_path / "more" / "digits.json").read_text())["selections"]

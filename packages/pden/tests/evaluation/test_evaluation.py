@@ -129,7 +129,9 @@ def test_a_label_is_of_runs_that_differ_in_their_seed_alone():
 
     one = 'rounds = 2\n\n[model]\nname = "digits"\n'
     assert list(table.group([made(0, one), made(1, one)])) == ["a"]
-    for other in (one.replace("2", "3"), one.replace("digits", "wrn-16-4")):
+    default = one + "\n[data]\nrandconv = 0.0\n"  # a key that came later
+    assert list(table.group([made(0, one), made(1, default)])) == ["a"]
+    for other in (one.replace("2", "3"), one.replace("digits", "wrn-16-4"), default.replace("0.0", "0.5"), "damaged ="):
         with pytest.raises(UsageError, match="differ in more than their seed"):
             table.group([made(0, one), made(1, other)])
 

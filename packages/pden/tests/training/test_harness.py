@@ -10,6 +10,7 @@ import torch
 
 from expkit.checkpoint import CheckpointStore, load_tensors
 from expkit.distributed import World
+from pden.baselines.randconv import RandConv
 from pden.data import Home
 from pden.evaluation import disguise
 from pden.training import gatekeeper, run, trainer
@@ -113,12 +114,19 @@ def test_a_share_of_the_rounds_batches_is_textured(method):
         pairs = [(plain._batch(4, Stream(CPU, each))[0], one._batch(4, Stream(CPU, each))[0]) for each in range(40)]
         return [not torch.equal(*pair) for pair in pairs]
 
-    assert not any(textured(all_))  # pre-training sees the source as it is
+    for stage in ("pretrain", "judge"):  # these see the source as it is
+        for each in (plain, half, all_):
+            each.clock.stage = stage
+        assert not any(textured(all_))
     for each in (plain, half, all_):
         each.clock.stage = "round"
     assert all(textured(all_)) and not any(textured(plain)) and 10 <= sum(textured(half)) <= 30
-    one, again = (half._batch(4, Stream(CPU, 1))[0] for _ in range(2))
-    assert torch.equal(one, again)
+    stream = Stream(CPU, 1)
+    images, _ = plain._batch(4, stream)
+    stream.host.random()  # the decision
+    assert torch.equal(all_._batch(4, Stream(CPU, 1))[0], RandConv().convolved(images, stream))
+    with pytest.raises(ValueError, match="it is a share, 0 to 1"):
+        tiny_trainer(data__randconv=1.5)
 
 
 def test_the_round_that_labels_the_source_best_is_kept(monkeypatch, tmp_path):

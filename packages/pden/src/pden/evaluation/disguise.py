@@ -5,7 +5,8 @@ that it was not trained on. There are two: "texture", a random convolution of ea
 changes colours, polarity, edges); "operations", three random operations of AugMix's list at full strength (which was
 made to share nothing with CIFAR-10-C). Neither is a target's recipe here: no photographs, fonts, corruptions.
 RandConv, RandAugment and AugMix train on the like, so the figure may choose among settings of PDEN, but does not
-compare it with them; nor does "texture" tell what `data.randconv` is worth.
+compare it with them; nor does "texture" tell what `data.randconv` is worth, and "operations", which turn, shear and
+shift too, are kind to geometric domains.
 """
 
 from __future__ import annotations

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from expkit.config import flatten
 from expkit.errors import UsageError
 
 Cell = tuple[float, float]
@@ -48,16 +51,25 @@ def group(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
         seeds = [run["seed"] for run in runs]
         if len(set(seeds)) < len(seeds):
             raise UsageError(f"{label}: seed {max(seeds, key=seeds.count)} is there more than once")
-        if len({_settings(str(run.get("config", ""))) for run in runs}) > 1:
+        first, *rest = (_settings(str(run.get("config", ""))) for run in runs)
+        if any(each != first for each in rest):
             raise UsageError(f"{label}: its runs differ in more than their seed; give them names of their own")
     return groups
 
 
-def _settings(config: str) -> tuple[str, ...]:
-    """Lines of a `config.toml` that bear on figures; those of single runs, before its tables, left out."""
-    own = ("name =", "seed =", "device =", "checkpoint_every =", "log_every =")
-    head, *tables = config.split("\n[", 1)
-    return (*(line for line in head.splitlines() if not line.startswith(own)), *tables)
+def _settings(config: str) -> dict[str, Any]:
+    """Keys of a `config.toml` that bear on figures, those of single runs left out. What a run of before a key was there
+    does not name had that key's default."""
+    from pden.training.config import TrainConfig  # which imports what evaluates
+
+    try:
+        named = flatten(tomllib.loads(config))
+    except tomllib.TOMLDecodeError:
+        return {"": config}
+    own = ("name", "seed", "device", "checkpoint_every", "log_every")
+    every = {**flatten(asdict(TrainConfig())), **named}
+    # As text, so that nan equals itself, and a list a tuple.
+    return {key: json.dumps(value) for key, value in every.items() if key not in own}
 
 
 def summarise(groups: Mapping[str, Sequence[Mapping[str, Any]]], selection: str) -> dict[str, dict[str, Cell]]:

@@ -31,8 +31,8 @@ class DataConfig:
         channels: 3 copies grey images; 1 refuses colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
         randconv: share of the rounds' batches, in every method, that go through a random convolution first (ours:
-            domains then start from many textures; what it makes may leave [0, 1], as in RandConv); see
-            `pden.baselines.randconv.RandConv.convolved`.
+            domains then start from many textures; what it makes may leave [0, 1], as in RandConv); under torchrun each
+            process draws for its part of a batch. See `pden.baselines.randconv.RandConv.convolved`.
     """
 
     source: str = "digits"
