@@ -34,8 +34,9 @@ trained on all training images but their 2 % for validation, and are judged on t
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their
 last chunk, and arms that have their JSON are skipped. Later leases need OUT alone, some 100 kB an arm, which `restore`
-fills from what was published: the standard model is trained again in under a minute, by its seed. Each JSON has its
-hash: where the compiler timed its kernels, arms of one seed have standard models that differ by rounding.
+fills from what was published (`report --to` does so too): the standard model is trained again in under a minute, by its
+seed. Each JSON has its hash: arms of one seed have standard models that differ by rounding, where their machines
+compiled them anew.
 
 With several GPUs (all that torch sees, or --gpus N) `run` keeps a process on each, at one arm with one seed at a time.
 Each GPU has runs and logs of its own below WORK/gpu0, WORK/gpu1, ...; an arm that was cut off goes on where its run is.
@@ -43,9 +44,10 @@ A sweep waits until no arm is left of those that it is chosen from, where they a
 all sweeps.
 An arm that fails leaves the others alone; the exit code is then 1. The processes end with the one that began them.
 
-Every lease is the same call on a fresh machine. Where a command may not last so long, start it in the background, as
-what is cut off is compiled and recorded anew. OUT is many files: pack it. An arm that is cut off goes on from its last
-epoch if WORK/gpu* is brought along, to the same place and without WORK/lease.json.
+Every lease is the same call on a fresh machine; AWP over 100 epochs wants --minutes 28. Where a command may not last so
+long, start it in the background, as what is cut off is compiled and recorded anew. OUT is many files: pack it. An arm
+that is cut off goes on from its last epoch if WORK/gpu* is brought along, to the same place and without
+WORK/lease.json.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ from study_arms import (
 )
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
-from study_report import choose, line, pack, plot_frontier, plot_long, plot_topology, publishable, report, restore
+from study_report import LONG, choose, line, pack, plot_frontier, plot_long, plot_topology, publishable, report, restore
 
 from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config
@@ -107,21 +109,28 @@ def main() -> int:
     arguments = parse()
     if arguments.end is not None:
         end_with_parent()
+    before = None
+    if arguments.to is not None and arguments.to.is_file():
+        before = json.loads(arguments.to.read_text(encoding="utf-8"))
+        written = restore(before, arguments.out)  # for `report` too: what was published stays
     results = read_results(arguments.out)
     try:
-        if arguments.action == "report":
+        if arguments.action == "restore":
+            print(f"{len(written)} files written")
+        elif arguments.action == "report":
             print(report(results))
             if arguments.to is not None:
-                before = json.loads(arguments.to.read_text(encoding="utf-8")) if arguments.to.is_file() else None
                 write_json(arguments.to, publishable(results, before))
                 plot_frontier(results, arguments.to.with_name(f"{arguments.to.stem}-frontier.png"))
-                plot_long(results, arguments.to.with_name(f"{arguments.to.stem}-long.png"))
+                if any(each["arm"].startswith(LONG) for each in results):
+                    plot_long(results, arguments.to.with_name(f"{arguments.to.stem}-long.png"))
                 if any(each["arm"].startswith("epsilon-") for each in results):
                     plot_topology(results, arguments.to.with_name(f"{arguments.to.stem}-topology.png"))
-        elif arguments.action == "restore":
-            print(f"{len(restore(json.loads(arguments.to.read_text(encoding='utf-8')), arguments.out))} files written")
         elif arguments.action == "plan":
-            print(plan(jobs(arguments, results), arguments.minutes, arguments.gpus))
+            left = jobs(arguments, results)
+            print(plan(left, arguments.minutes, arguments.gpus))
+            if lost := unpaired(left, results):
+                print(f"the hosts' answers are gone, so that these give no paired difference: {', '.join(lost)}")
         elif arguments.gpus > 1:
             return run_on_gpus(arguments)
         else:
@@ -187,6 +196,14 @@ def jobs(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> list[J
                 if (not arguments.only or arm.name in arguments.only) and not is_done(arguments.out, arm, seed):
                     found.append(Job(arm, seed, costs.of(arm), part))
     return found
+
+
+def unpaired(left: list[Job], results: list[dict[str, Any]]) -> list[str]:
+    """Arms with TRAIN whose host has its figures, but no answers image by image any more: other --seeds have both."""
+    lost = {(each["arm"], each["training"]["seed"]) for each in results if each["complete"] and not each["answers"]}
+    return [
+        job.name for job in left if "+train" in job.arm.name and (job.arm.name.partition("+train")[0], job.seed) in lost
+    ]
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -216,7 +216,7 @@ def _with_train(host: str, own: Choice) -> Arm:
 
 
 def standard(*, tuning: bool) -> Arm:
-    """The standard model. Deterministic, so that each lease trains it anew, by its seed, and none need be carried."""
+    """The standard model. Each lease trains it anew by its seed, up to rounding the same, so that none is carried."""
     settings = {"host": "standard", "averaging.kind": "none", "deterministic": True, "validation.every": 10}
     name = "tune-standard" if tuning else "standard"
     return Arm(name, settings, attacks=("natural", "pgd20"), tuning=tuning, reference=False, both=False)

@@ -95,17 +95,18 @@ def publishable(results: Sequence[dict[str, Any]], before: dict[str, Any] | None
     """All arms for one file: without a machine's paths, accuracies by class, and the sweeps' answers image by image.
 
     Args:
-        before: what was published before; where an arm's answers are not at hand any more, its differences stay.
+        before: what was published before. Where an arm's answers are not at hand any more, its differences stay: a new
+            one replaces one of the same seeds or of fewer.
     """
     text = json.dumps(results)
     for option, word in (("data-dir", "DATA"), ("out", "OUT"), ("work", "WORK")):
-        paths = {Path(each.split("/gpu")[0]) for each in re.findall(rf"--{option} ([^ \"]+)", text)}
+        paths = {Path(each.split("/gpu")[0]) for each in re.findall(rf"--{option} (/[^ \"]+)", text)}
         for path in sorted(map(str, paths), key=len, reverse=True):
             text = text.replace(path, word)
     arms = json.loads(text)
     for arm in arms:
         if arm.get("tuning_split"):
-            arm["answers"] = {}
+            arm["answers"] = {}  # they serve no difference
         for attacks in arm["evaluation"].values():
             for each in attacks.values():
                 each.pop("per_class", None)
@@ -118,7 +119,7 @@ def publishable(results: Sequence[dict[str, Any]], before: dict[str, Any] | None
     found = {_pair(each): each for each in (before or {}).get("differences", ())}
     for each in differences(results):
         known = found.get(_pair(each))
-        if known is None or len(known["by_seed"]) <= len(each["by_seed"]):
+        if known is None or known["by_seed"].keys() <= each["by_seed"].keys():
             found[_pair(each)] = each
     return {"note": note, "arms": arms, "differences": [found[pair] for pair in sorted(found)]}
 
@@ -135,7 +136,7 @@ def restore(published: dict[str, Any], out: Path) -> list[Path]:
 
 
 def _pair(difference: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(difference[key] for key in ("arm", "other", "checkpoint", "attack"))
+    return tuple(difference.get(key, "last") for key in ("arm", "other", "checkpoint", "attack"))
 
 
 def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -263,23 +264,24 @@ def differences(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for each in results:
-        by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = each["answers"]
+        answers = each.get("answers", {})
+        if each.get("complete"):  # its best checkpoint is the last one where it was not judged by itself
+            answers = {"best": answers.get("last", {}), **answers}
+        by_arm.setdefault(each["arm"], {})[each["training"]["seed"]] = answers
     for arm, seeds in by_arm.items():
         host, train, _ = arm.partition("+train")
         others = [host, f"{host}-control"]
         others += ["trades"] if host in ("at", f"trades-{BETA:g}") else []  # whose frontier these meet
         for other in others if train else ():
             for which in ("last", "best") if arm.startswith(LONG) else ("last",):
-                own, theirs = (_answers(each, which) for each in (seeds, by_arm.get(other, {})))
+                own, theirs = (
+                    {seed: answers.get(which, {}) for seed, answers in each.items()}
+                    for each in (seeds, by_arm.get(other, {}))
+                )
                 found += [
                     {"arm": arm, "other": other, "checkpoint": which, **each} for each in _differences(own, theirs)
                 ]
     return found
-
-
-def _answers(seeds: dict[int, dict[str, Any]], which: str) -> dict[int, dict[str, Any]]:
-    """Of a checkpoint, by seed and attack; where the best one is the last, it was judged once."""
-    return {seed: each.get(which) or each.get("last", {}) for seed, each in seeds.items()}
 
 
 def _differences(own: dict[int, Any], theirs: dict[int, Any]) -> list[dict[str, Any]]:

@@ -204,7 +204,8 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
 def answered(arm: str, seed: int, **answers: torch.Tensor) -> dict:
     """An arm with answers to one attack by checkpoint, and no other figures."""
     packed = {which: {"apgd": sys.modules["study_report"].pack(right)} for which, right in answers.items()}
-    return {"arm": arm, "training": {"seed": seed}, "answers": packed, "evaluation": {}, "config": {}}
+    base = {"evaluation": {}, "config": {}, "complete": True}
+    return {**base, "arm": arm, "training": {"seed": seed}, "answers": packed}
 
 
 def test_of_arms_of_100_epochs_the_best_checkpoints_are_compared_too(modules):
@@ -220,6 +221,11 @@ def test_of_arms_of_100_epochs_the_best_checkpoints_are_compared_too(modules):
         "last": 0.5,
         "best": 0.0,
     }
+    results[1]["complete"] = False  # its best checkpoint is still to be judged
+    assert [each["checkpoint"] for each in report.differences(results)] == ["last"]
+    cut = [answered(f"multistep-at{end}", 0, last=none, best=some) for end in ("", "+train-both")]
+    assert [each["checkpoint"] for each in report.differences(cut)] == ["last", "best"]
+    assert len(report.publishable(cut)["differences"]) == 2
     short = [{**each, "arm": each["arm"].removeprefix("long-")} for each in results]
     assert [each["checkpoint"] for each in report.differences(short)] == ["last"]
 
@@ -238,17 +244,62 @@ def test_a_study_goes_on_from_what_was_published(modules, tmp_path, monkeypatch,
     found = study.read_results(out)
     assert report.publishable(found)["differences"] == published["differences"]
     assert all(each in found for each in published["arms"]) and len(found) == 4
-    assert study.main() == 0 and "0 files" in capsys.readouterr().out  # what is there is newer
+    newer = answered("at", 0, last=all_)
+    (out / "at-0.json").write_text(json.dumps(newer))
+    assert study.main() == 0 and "0 files" in capsys.readouterr().out
+    assert newer in study.read_results(out)
     # Answers that were lost take no published difference with them; more seeds replace it, fewer do not.
     lost = [{**each, "answers": {}} for each in found]
     assert report.publishable(lost, published)["differences"] == published["differences"]
     some = [{**each, "answers": each["answers"] if each["training"]["seed"] == 0 else {}} for each in found]
     assert report.publishable(some, published)["differences"] == published["differences"]
+    # A seed of its own replaces none that was published.
+    third = [answered("at", 2, last=none), answered("at+train", 2, last=none)]
+    assert report.publishable(third, published)["differences"] == published["differences"]
+    again = [answered(arm, seed, last=none) for arm in ("at", "at+train") for seed in (0, 1)]
+    assert report.publishable(again, published)["differences"][0]["difference"] == 0  # the same seeds: the newer one
     more = [*found, answered("at", 2, last=all_), answered("at+train", 2, last=all_)]
     assert report.publishable(more, published)["differences"][0]["difference"] == pytest.approx(2 / 3)
     monkeypatch.setattr(sys, "argv", [*call[:-1], str(tmp_path / "absent.json")])
     with pytest.raises(SystemExit):
         study.main()
+
+
+def test_a_report_takes_no_arm_out_of_what_was_published(modules, tmp_path, monkeypatch):
+    study, _, report = modules
+    monkeypatch.setattr(study, "plot_frontier", lambda *given: None)
+    drawn = []
+    monkeypatch.setattr(study, "plot_long", lambda results, path: drawn.append(path.name))
+    quiet = {"judged_on": "", "seconds_per_epoch_after_the_first": None}
+    arms = [{**answered(arm, 0, last=torch.arange(8) < 4), **quiet} for arm in ("at", "mart", "long-at")]
+    (tmp_path / "study.json").write_text(json.dumps(report.publishable(arms[:1])))
+    for count, arm in ((2, arms[1]), (3, arms[2])):
+        out = tmp_path / f"out{count}"
+        study.write_json(out / f"{arm['arm']}-0.json", arm)
+        to = tmp_path / "study.json"
+        monkeypatch.setattr(sys, "argv", ["study.py", "report", "--out", str(out), "--to", str(to)])
+        assert study.main() == 0
+        assert len(json.loads(to.read_text())["arms"]) == count
+        assert len(drawn) == count - 2  # an empty picture takes no other's place
+
+
+def test_hosts_whose_answers_are_gone_are_told_before_minutes_are_spent(modules, start):
+    study, arms, _ = modules
+    at, with_train = (next(arm for arm in start["main"] if arm.name == name) for name in ("at", "at+train"))
+    left = [arms.Job(with_train, seed, 1.0, "main") for seed in (0, 1)]
+    known = [answered(at.name, 0), answered(at.name, 1, last=torch.arange(8) < 4)]
+    assert study.unpaired(left, known) == ["at+train-0"]
+
+
+def test_long_arms_are_drawn_and_both_their_checkpoints_meet_autoattack(modules, start, tmp_path):
+    _, _, report = modules
+    assert all(arm.final_of_both for part in ("long", "multistep", "everything") for arm in start[part])
+    assert not any(arm.final_of_both for arm in start["main"])
+    assert all(arm.settings["optimizer.milestones"] == [0.5, 0.75] for arm in start["multistep"])
+    epochs = [{"epoch": each, "val_natural": 0.1 * each, "val_pgd": 0.05 * each} for each in (2, 4, 6)]
+    arm = {"arm": "multistep-at", "epochs": [{"epoch": 1}, *epochs], "training": {"best": {"epoch": 4}}}
+    report.plot_long([arm], tmp_path / "long.png")
+    assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_is_published_has_no_path_and_no_answers_of_sweeps_and_is_drawn(modules, tmp_path):
@@ -270,6 +321,9 @@ def test_what_is_published_has_no_path_and_no_answers_of_sweeps_and_is_drawn(mod
     first = published["arms"][0]
     assert first["config"]["topology.path"] == "WORK/gpu1/standard-0" and first["config"]["data.dir"] == "DATA"
     assert first["answers"] == {"last": {"apgd": "4:f"}} and "per_class" not in first["evaluation"]["last"]["apgd"]
+    for each in results:  # relative paths are no machine's, and "out" is a word
+        each["command"] = "study.py run --data-dir data --out out"
+    assert report.publishable(results)["arms"][0]["config"]["data.dir"] == "/data/here"
     results[0]["tuning_split"] = {"seed": 1}  # of the sweeps they serve no difference
     assert report.publishable(results)["arms"][0]["answers"] == {} != results[0]["answers"]
     report.plot_frontier(results, tmp_path / "frontier.png")
