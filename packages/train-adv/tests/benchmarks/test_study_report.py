@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from study_figures import result
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
