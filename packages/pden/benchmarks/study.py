@@ -289,6 +289,8 @@ def main() -> int:
         report(study.out, arguments.to)
         return 0
     if arguments.action == "restore":
+        if not any((arguments.to / f"{part}.json").is_file() for part in PARTS):
+            parser.error(f"restore: --to {arguments.to} has no figures of this study")
         print(f"{restore(arguments.to, study.out)} files written")
         return 0
     seen = torch.cuda.device_count()

@@ -241,6 +241,10 @@ def test_more_gpus_than_are_visible_are_planned_with_but_not_run_on(tmp_path):
     places = ("--out", tmp_path, "--work", tmp_path, "--data-dir", tmp_path)
     refused = call("run", "paper", *places, "--gpus", 99)
     assert refused.returncode == 2 and "--gpus 99" in refused.stderr
+    refused = call("restore", "--out", tmp_path, "--to", tmp_path / "nowhere")
+    assert refused.returncode == 2 and "has no figures of this study" in refused.stderr
+    restored = call("restore", "--out", tmp_path / "out", "--to", BENCHMARKS.parent / "results")
+    assert restored.returncode == 0 and (tmp_path / "out" / "baselines" / "randconv-seed0" / "result.json").is_file()
     refused = call("run", "papers", *places)
     assert refused.returncode == 2 and "no part 'papers'" in refused.stderr
 

@@ -110,7 +110,7 @@ def main() -> int:
     if arguments.end is not None:
         end_with_parent()
     before = None
-    if arguments.to is not None and arguments.to.is_file():
+    if arguments.action in ("report", "restore") and arguments.to is not None and arguments.to.is_file():
         before = json.loads(arguments.to.read_text(encoding="utf-8"))
         written = restore(before, arguments.out)  # for `report` too: what was published stays
     results = read_results(arguments.out)
