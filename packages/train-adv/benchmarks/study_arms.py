@@ -114,6 +114,7 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     aa = ("autoattack",)
     rare = {"validation.every": 2}
     cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
+    erase = {"data.erase": 0.5}
     return {
         "speed": [
             Arm(f"speed-{host}{'+train' if weight else ''}-{size}", _speed(host, weight, size), attacks=())
@@ -189,6 +190,9 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
             Arm("multistep-at-awp", {"host": "at", "awp.gamma": 0.01, **at_.alone, **cut}, LONG, final=aa),
             Arm(f"multistep-at-awp+train{careful_.suffix}",
                 {"host": "at", "awp.gamma": 0.01, **careful_.train, **cut}, LONG, final=aa),
+            Arm("multistep-at-erase", {"host": "at", **at_.alone, **cut, **erase}, LONG, final=aa),
+            Arm(f"multistep-at-erase+train{careful_.suffix}",
+                {"host": "at", **careful_.train, **cut, **erase}, LONG, final=aa),
         ],
         "edges": [
             replace(arm, name=arm.name.replace("tune", "edge"))

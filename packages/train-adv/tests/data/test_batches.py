@@ -8,7 +8,7 @@ from PIL import Image
 
 from expkit.distributed import World
 from expkit.errors import UsageError
-from train_adv.data.batches import Batches, augmented
+from train_adv.data.batches import Batches, augmented, erased
 from train_adv.data.dataset import Augment, Resident
 from train_adv.data.folder import image_folder
 
@@ -65,6 +65,41 @@ def test_crops_and_flips_are_those_of_loops():
         crop = padded[:, row : row + 5, column : column + 5]
         # The columns of the crop are read backwards where it is mirrored.
         assert torch.equal(got[index], crop.flip(2) if flips[index] else crop)
+
+
+def test_a_share_of_images_loses_a_rectangle_each_of_the_area_and_shape_that_are_said():
+    images = torch.full((4000, 3, 32, 32), 255, dtype=torch.uint8)
+    got = erased(images, 0.5, torch.Generator().manual_seed(0))
+    black = (got == 0).all(1)
+    assert torch.equal(black, (got == 0).any(1)) and set(got.unique().tolist()) == {0, 255}
+    rows, columns = black.any(2).sum(1), black.any(1).sum(1)  # equal to the sides, if it is one rectangle
+    assert torch.equal(black.flatten(1).sum(1), rows * columns)
+    for lines, sides in ((black.any(2), rows), (black.any(1), columns)):
+        places = torch.arange(32).expand_as(lines)
+        span = places.where(lines, -1).amax(1) - places.where(lines, 32).amin(1) + 1
+        assert torch.equal(span[sides > 0], sides[sides > 0])
+    hit = rows > 0
+    assert hit.float().mean() == pytest.approx(0.5, abs=0.03)
+    share = (rows * columns)[hit] / 1024
+    assert (
+        share.min() < 0.03
+        and share.max() > 0.3
+        and share.max() < 0.36
+        and share.mean() == pytest.approx(0.175, abs=0.01)
+    )
+    ratio = (rows[hit] / columns[hit]).log()
+    assert ratio.abs().max() < 1.4 and ratio.mean().abs() < 0.06 and ratio.std() > 0.5
+    where = black.float().mean(0)
+    assert where.min() > 0  # no place is spared, not the corners
+    assert torch.stack([where.flip(0), where.flip(1), where.T]).sub(where).abs().max() < 0.05  # and no side preferred
+
+
+def test_nothing_is_erased_or_drawn_unless_asked():
+    images = torch.randint(256, (6, 3, 5, 5), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    draws = torch.Generator().manual_seed(7)
+    before = draws.get_state()
+    assert torch.equal(augmented(images, PLAIN, draws), images) and torch.equal(draws.get_state(), before)
+    assert not torch.equal(augmented(images, Augment(0, False, 1.0), draws), images)
 
 
 def test_folders_are_decoded_by_workers_into_the_same_batches(tmp_path):

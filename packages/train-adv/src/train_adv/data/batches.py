@@ -13,6 +13,9 @@ from expkit.distributed import World
 from expkit.errors import UsageError
 from train_adv.data.dataset import Augment, Resident, Split, stream_seed
 
+_AREA = (0.02, 0.33)  # of what is erased, as a share of the image
+_RATIO = 3.3  # of its sides, at most
+
 
 class Batches:
     """All epochs of one training split, for one process.
@@ -93,7 +96,12 @@ class _Decoder(Dataset[tuple[Tensor, Tensor]]):
 
 
 def augmented(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
-    """Random crops and flips of uint8 images (batch, channels, height, width), one gather for all."""
+    """Random crops and flips of uint8 images (batch, channels, height, width), one gather for all; then erasing."""
+    images = _moved(images, augment, generator)
+    return erased(images, augment.erase, generator) if augment.erase else images
+
+
+def _moved(images: Tensor, augment: Augment, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     rows = torch.arange(height, device=images.device).expand(count, height)
     columns = torch.arange(width, device=images.device).expand(count, width)
@@ -109,6 +117,21 @@ def augmented(images: Tensor, augment: Augment, generator: torch.Generator) -> T
     batch = torch.arange(count, device=images.device)[:, None, None]
     # Advanced indices around a slice put the channels last, which is the memory format that convolutions like.
     return images[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def erased(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """This share of the images (batch, channels, height, width), drawn at random, with a rectangle each in black."""
+    count, _, height, width = images.shape
+    draws = torch.rand(5, count, 1, generator=generator, device=images.device)
+    area = (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[1]) * height * width
+    ratio = _RATIO ** (2 * draws[2] - 1)  # of its height to its width, from 1 / _RATIO to _RATIO
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    top, left = ((draws[3] * (height - tall + 1)).floor(), (draws[4] * (width - wide + 1)).floor())
+    rows, columns = (torch.arange(side, device=images.device) for side in (height, width))
+    in_rows, in_columns = ((rows >= top) & (rows < top + tall), (columns >= left) & (columns < left + wide))
+    hit = (draws[0] < share)[:, :, None] & in_rows[:, :, None] & in_columns[:, None, :]
+    return images.masked_fill(hit[:, None], 0)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class DataConfig:
         limit: only the first so many training images (0: all), for trials.
         image_size, corrupt, resident_gib: of image folders, see `train_adv.data.folder`.
         padding, flip: augmentation; left out: what is customary for the data.
+        erase: share of images of which a random rectangle is blackened.
         workers: processes that decode images that are not held in memory.
     """
 
@@ -43,12 +44,14 @@ class DataConfig:
     resident_gib: float = 4.0
     padding: int | None = None
     flip: bool | None = None
+    erase: float = 0.0
     workers: int = 4
 
     def __post_init__(self) -> None:
         numbers = {"limit": self.limit, "resident_gib": self.resident_gib, "workers": self.workers}
         for name, value in {**numbers, "padding": self.padding or 0}.items():
             _require(value >= 0, f"data.{name} is {value}; it must be 0 or more")
+        _require(0 <= self.erase <= 1, f"data.erase is {self.erase}; it must be a share of images, 0 to 1")
         _require(self.image_size >= 1, f"data.image_size is {self.image_size}; it must be 1 or more")
 
 

@@ -44,7 +44,7 @@ def read_data(config: DataConfig) -> DataSet:
     train = data.train
     if 0 < config.limit < len(train):
         train = train.select(torch.arange(config.limit))
-    return replace(data, train=train, augment=Augment(padding, flip))
+    return replace(data, train=train, augment=Augment(padding, flip, config.erase))
 
 
 def describe(config: TrainConfig, data: DataSet, given: Given) -> ModelSpec:
