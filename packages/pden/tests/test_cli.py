@@ -20,6 +20,7 @@ from expkit.checkpoint import load_tensors
 from expkit.cli import main
 from expkit.errors import UsageError
 from pden.cli import build
+from pden.training.trainer import Trainer
 
 SHORT = [
     "--set",
@@ -76,7 +77,8 @@ def test_load_gives_model_and_transforms(trained):
     assert labels.shape == (8,) and ((0 < probabilities) & (probabilities <= 1)).all()
     assert torch.equal(labels, found.predict(images[:, :1])[0])  # grey is copied to colour
     assert found.generators[0](images[0]).dtype == torch.uint8
-    for odd, said in ((images[:, :, :16], "square ones"), (images.numpy(), "takes a tensor"), (images[0], "a tensor")):
+    assert found.predict(images[:, :, :16])[0].shape == (8,)  # resized, as a file is
+    for odd, said in ((images.numpy(), "takes a tensor"), (images[0], "a tensor")):
         with pytest.raises(UsageError, match=said):
             found.predict(odd)
     averaged = pden.load(trained, "averaged")
@@ -92,6 +94,33 @@ def test_eval_measures_the_same_as_training(trained, tmp_path, capsys):
         value = found[name]["targets"]["digits-thick"]["accuracy"]
         assert value == pytest.approx(trained_on[name]["targets"]["digits-thick"], abs=1e-6)
     assert "last  average" in capsys.readouterr().out
+
+
+def test_images_that_are_not_square_are_one_thing_to_train_eval_and_predict(tmp_path, capsys):
+    for split, seed in (("source", 0), ("target", 1)):
+        rng = np.random.default_rng(seed)
+        for number in range(40):
+            place = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 60, (48, 32, 3), dtype=np.uint8)
+            pixels[:, :8] += np.uint8(180 * (number % 2))  # a bar on the left, or none
+            pixels[:8] += np.uint8(120 * (1 - number % 2))
+            Image.fromarray(pixels).save(place)
+    call = [*TINY, "--source", tmp_path / "source", "--target", tmp_path / "target", "--runs", tmp_path / "runs"]
+    call += ["--set", "data.size=0", "--set", "model.name=wrn-10-1", "--set", 'generator.kinds=["photometric"]']
+    assert run(*call, "--set", "pretrain_steps=30", "--set", "pretrain_batch=16", "--set", "batch=8") == 0
+    result = json.loads((tmp_path / "runs" / "tiny" / "result.json").read_text())
+    assert run("eval", tmp_path / "runs" / "tiny", "--target", tmp_path / "target", "--json", tmp_path / "e.json") == 0
+    found = json.loads((tmp_path / "e.json").read_text())["selections"]["last"]["targets"]["target"]
+    assert found["accuracy"] == pytest.approx(result["selections"]["last"]["targets"]["target"])
+    model = pden.load(tmp_path / "runs" / "tiny")
+    assert model.shape == (48, 32)
+    domain = pden.load_domain(str(tmp_path / "target"), pden.Home.of(), size=0)
+    labels, _ = model.predict(domain.images)
+    assert float((labels == domain.labels).float().mean()) == pytest.approx(found["accuracy"])
+    assert run("predict", tmp_path / "runs" / "tiny", tmp_path / "target", "--json", tmp_path / "p.json") == 0
+    rows = json.loads((tmp_path / "p.json").read_text())["predictions"]
+    assert sum(each["label"] == Path(each["image"]).parent.name for each in rows) == round(40 * found["accuracy"])
 
 
 def test_a_class_that_a_target_lacks_is_said(trained, tmp_path, capsys):
@@ -115,6 +144,7 @@ def test_expand_writes_a_folder_that_train_reads(trained, tmp_path, capsys):
     assert all((out / each["file"]).is_file() for each in manifest["images"])
     domain = pden.load_domain(str(out / "domain-02"), pden.Home.of())
     assert len(domain) == 40 and domain.classes == tuple("0123456789")
+    assert max(each["source"] for each in manifest["images"]) > 40  # evenly over the source
     assert run("expand", trained, "--out", out) == 2
     assert "exists already" in capsys.readouterr().err
 
@@ -212,6 +242,55 @@ def test_averages_over_other_targets_are_left_out(trained, tmp_path, capsys):
     assert "averages compare nothing" in said and "| - |" in said.splitlines()[-4]
 
 
+def test_compare_says_where_runs_were_trained_on_and_what_their_figures_want_known(tmp_path, capsys):
+    for name, source in (("a", "digits"), ("b", "digits-thick")):
+        call = [*TINY, "--runs", tmp_path, "--name", name, "--source", source, "--target", "syn-like", "--rounds", 0]
+        assert run(*call, "--set", "pretrain_steps=2") == 0
+    assert "note: digits rendered from fonts, a stand-in for SYN" in capsys.readouterr().err
+    assert run("compare", tmp_path / "a", tmp_path / "b") == 0
+    said = capsys.readouterr().out
+    assert "trained on other sources: a on digits, b on digits-thick" in said
+    assert said.count("a stand-in for SYN") == 1
+
+
+def test_the_source_cannot_hold_itself_out(tmp_path, capsys):
+    assert run(*TINY, "--runs", tmp_path, "--source", "digits", "--set", "data.validation=digits") == 2
+    assert "data.validation is the source itself" in capsys.readouterr().err
+    source = pden.load_domain("digits", pden.Home.of())
+    np.savez(tmp_path / "d.npz", x=source.images[:200].numpy(), y=source.labels[:200].numpy(),
+             held=source.images[:50].numpy(), its=source.labels[:50].numpy())  # fmt: skip
+    held = f'data.validation="{tmp_path}/d.npz#held,its"'
+    call = [*TINY, "--runs", tmp_path, "--source", f"{tmp_path}/d.npz#x,y", "--rounds", 0, "--set", "pretrain_steps=2"]
+    assert run(*call, "--set", held) == 0
+    assert "50 of 50 images of held are among those that are trained or held out" in capsys.readouterr().err
+
+
+def test_an_early_stop_and_a_collapse_without_a_gate_are_said(tmp_path, capsys):
+    call = [*TINY, "--runs", tmp_path]
+    assert run(*call, "--rounds", 3, "--set", "stop.patience=1", "--set", "stop.novelty=2.0") == 0
+    assert "stopped after round 2 of 3: 1 round(s) in a row brought nothing new" in capsys.readouterr().err
+    assert json.loads((tmp_path / "tiny" / "result.json").read_text())["stopped"] is True
+    off = ["--set", "gate.mode=off", "--set", "gate.collapse=1.0", "--name", "off"]
+    assert run(*call, *off) == 0
+    said = capsys.readouterr().err
+    assert "warning: round 1: the generator has collapsed" in said and "warning: round 2: the gen" in said
+    assert json.loads((tmp_path / "off" / "result.json").read_text())["stopped"] is False
+
+
+def test_targets_that_are_measured_at_the_end_alone_are_measured_of_what_the_source_chose_too(tmp_path, monkeypatch):
+    select = Trainer._select
+    monkeypatch.setattr(Trainer, "_select", lambda trainer, number: select(trainer, number) if number < 2 else None)
+    call = [*TINY, "--runs", tmp_path, "--target", "digits-thick", "--set", "data.target_every=0"]
+    assert run(*call, "--set", "pretrain_steps=60") == 0
+    found = json.loads((tmp_path / "tiny" / "result.json").read_text())["selections"]
+    assert found["source-validation"]["round"] < 2 == found["last"]["round"]
+    assert run("eval", tmp_path / "tiny", "--target", "digits-thick", "--selection", "source-validation", "--json",
+               tmp_path / "e.json") == 0  # fmt: skip
+    value = json.loads((tmp_path / "e.json").read_text())["selections"]["source-validation"]["average"]
+    assert value == pytest.approx(found["source-validation"]["average"])
+    assert "oracle" not in found
+
+
 def test_a_run_of_which_nothing_is_kept_leaves_its_name_free(tmp_path, capsys):
     call = [*TINY, "--runs", tmp_path, "--name", "a"]
     assert run(*call, "--set", "optimizer.lr=1e30") == 2 and "train anew" in capsys.readouterr().err
@@ -279,8 +358,13 @@ def test_a_killed_run_goes_on_to_the_same_model(trained, tmp_path):
         load_tensors(folder / "tiny" / "model" / "last.safetensors") for folder in (tmp_path, trained.parent)
     )
     assert all(torch.equal(again[key], value) for key, value in whole.items())
-    steps = [json.loads(line)["step"] for line in (tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps))
+    assert run(*TINY, *options, *settings, "--name", "whole") == 0
+
+    def losses(name: str) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in ("seconds", "time")} for line in lines]
+
+    assert losses("tiny") == losses("whole")  # means over the same steps, each once
 
 
 @pytest.mark.slow

@@ -19,25 +19,29 @@ _CHUNK = 256
 
 
 @torch.no_grad()
-def write_expanded(domain: Domain, trained: Expanded, out: Path, *, seed: int, record: Mapping[str, Any]) -> int:
+def write_expanded(
+    domain: Domain, trained: Expanded, out: Path, *, seed: int, record: Mapping[str, Any], limit: int | None = None
+) -> int:
     """Write every image in every domain; the folder appears whole or not at all.
 
     Args:
         domain: images of the size and channels that the generators were trained on.
         seed: of the noise; the same seed gives the same files.
         record: goes into the manifest, with the domains' reports and one row per image.
+        limit: only so many images, evenly over the domain, which may be sorted by class.
 
     Returns:
         how many images were written.
     """
     device = next(trained.model.parameters()).device
+    count = len(domain) if limit is None else min(limit, len(domain))
+    places = torch.arange(count) * len(domain) // count
     rows: list[dict[str, Any]] = []
     with atomic_path(out) as aside, progress() as bar:
-        task = bar.add_task("expanding", total=len(domain) * len(trained.generators))
+        task = bar.add_task("expanding", total=count * len(trained.generators))
         for number, generator in enumerate(trained.generators, start=1):
             stream = Stream(device, seed, "expand", number)
-            for start in range(0, len(domain), _CHUNK):
-                index = torch.arange(start, min(start + _CHUNK, len(domain)))
+            for index in torch.split(places, _CHUNK):
                 images, labels = domain.batch(index)
                 made = generator(images.to(device), generator=stream.torch).cpu()
                 for place, image, label in zip(index.tolist(), made, labels.tolist(), strict=True):

@@ -30,7 +30,8 @@ class Expanded:
         generators: of the accepted domains in order; each is an image transform.
         domains: what the gate measured of each of them (empty where there was no gate).
         classes: names of the labels.
-        size, channels: of the images.
+        size, channels: that its data were fitted to (`data.size`, `data.channels`).
+        shape: height and width of the images that it was trained on.
         source: the source's specification.
         validation: that of the held-out domain, where it was one of its own.
         selection: which weights these are.
@@ -42,6 +43,7 @@ class Expanded:
     classes: tuple[str, ...]
     size: int
     channels: int
+    shape: tuple[int, int]
     source: str
     validation: str
     selection: str
@@ -51,8 +53,8 @@ class Expanded:
         """Labels and their probabilities, ``(batch,)`` each (with pixels after it for segmentation).
 
         Args:
-            images: uint8 or floats in [0, 1], ``(batch, channels, height, width)``; resized to the model's size, and
-                grey ones copied to colour.
+            images: uint8 or floats in [0, 1], ``(batch, channels, height, width)``; resized to `shape` (in segmentation
+                to `size`, in their own shape), and grey ones copied to colour.
 
         Raises:
             UsageError: no such tensor, bad pixels, or a shape that the model does not take.
@@ -60,14 +62,9 @@ class Expanded:
         if not isinstance(images, Tensor) or images.dim() != 4:
             raise UsageError("predict takes a tensor (batch, channels, height, width)")
         device = next(self.model.parameters()).device
-        fitted = fit_images(to_uint8(images, "images"), self.size, self.channels, "images").to(device)
-        try:
-            parts = [self.model(part.float() / 255).softmax(dim=1) for part in torch.split(fitted, 512)]
-        except RuntimeError as error:
-            if fitted.shape[-2] == fitted.shape[-1]:
-                raise
-            shape = "x".join(map(str, fitted.shape[-2:]))
-            raise UsageError(f"images of {shape}; this model takes square ones") from error
+        size = self.size if self.model.dense else self.shape
+        fitted = fit_images(to_uint8(images, "images"), size, self.channels, "images").to(device)
+        parts = [self.model(part.float() / 255).softmax(dim=1) for part in torch.split(fitted, 512)]
         probabilities = torch.cat(parts)
         top = probabilities.max(dim=1)
         return top.indices, top.values
@@ -82,7 +79,8 @@ def save_model(
     """Write the model's folder.
 
     Args:
-        settings: `model` (what `build_model` takes), `classes`, `size`, `channels`, `source`, `validation`, `domains`.
+        settings: `model` (what `build_model` takes), and of `Expanded` classes, size, channels, shape, source,
+            validation and domains.
         selections: weights by name, of `SELECTIONS`.
         generators: of the accepted domains.
     """
@@ -144,6 +142,7 @@ def load(run: str | Path, selection: str = "last", device: str | torch.device = 
             tuple(about["classes"]),
             about["size"],
             about["channels"],
+            tuple(about.get("shape", (about["size"], about["size"]))),  # older runs do not say
             about["source"],
             about.get("validation", ""),  # older runs do not say
             selection,

@@ -138,6 +138,10 @@ def test_masks_go_with_images_by_name(tmp_path):
     assert domain.dense and domain.labels.shape == (2, 4, 6)
     assert domain.labels[0, 0].tolist() == [0, 1, 255, 0, 1, 255] and domain.present == [0, 1]
     (tmp_path / "masks" / "b.png").unlink()
+    Image.fromarray(mask[:2]).save(tmp_path / "masks" / "a.png")
+    with pytest.raises(UsageError, match=r"a\.png is 6x4, its mask is 6x2; all images and masks"):
+        load_masks(tmp_path / "images", tmp_path / "masks", "m", ("x", "y"))
+    Image.fromarray(mask).save(tmp_path / "masks" / "a.png")
     with pytest.raises(UsageError, match=r"b\.png has no mask"):
         load_masks(tmp_path / "images", tmp_path / "masks", "m", ("x", "y"))
 

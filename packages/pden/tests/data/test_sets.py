@@ -153,6 +153,20 @@ def test_levels_become_15_or_19_corruptions():
     assert len(expand_levels("cifar10-c-recomputed/5/all")) == 19
     assert len(expand_levels("cifar10-c")) == 75
     assert expand_levels("cifar10-c/fog/2") == ["cifar10-c/fog/2"] and expand_levels("usps") == ["usps"]
+    named = expand_levels("mine=cifar10-c/5")
+    assert len(named) == 15 and "mine fog 5=cifar10-c/fog/5" in named
+    assert expand_levels("mine=cifar10-c/fog/2") == ["mine=cifar10-c/fog/2"]
+
+
+def test_what_is_recomputed_is_called_so_whatever_its_name(tmp_path, monkeypatch):
+    images = torch.randint(256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    monkeypatch.setattr("pden.data.cifar._cifar10", lambda home, train: (images, torch.arange(6)))
+    for text, name in (
+        ("cifar10-c-recomputed/fog/2", "CIFAR-10-C (recomputed) fog/2"),
+        ("mine=cifar10-c-recomputed/fog/2", "CIFAR-10-C (recomputed) mine"),
+    ):
+        found = load_domain(text, home(tmp_path))
+        assert found.name == name and "our own code" in found.note
 
 
 def test_gzip_idx_is_not_mistaken_for_data(tmp_path):

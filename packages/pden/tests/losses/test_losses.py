@@ -162,6 +162,12 @@ def test_cycle_loss_is_the_mean_square():
     assert float(cycle_loss(first, second)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_images_of_class_255_count():
+    logits, labels = torch.randn(4, 300), torch.tensor([255, 255, 3, 299])
+    expected = -logits.log_softmax(1)[torch.arange(4), labels].mean()
+    assert torch.allclose(safety_loss(logits, labels), expected)
+
+
 def test_safety_loss_leaves_uncounted_pixels_out():
     logits = torch.randn(1, 2, 1, 3)
     labels = torch.tensor([[[0, 1, 255]]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -28,12 +30,12 @@ def batch(domain: Domain) -> tuple[torch.Tensor, torch.Tensor]:
 def measures(
     features: list[list[float]], agreement: float = 1.0, judge: float = 1.0, diversity: float = 0.2
 ) -> Measures:
-    return Measures(torch.tensor(features), agreement, judge, diversity)
+    return Measures(torch.tensor(features), agreement, judge, diversity, 0.1)
 
 
 def verdict(found: Measures, earlier=(), attempt: int = 0, **settings) -> DomainReport:
     source = measures([[1.0, 0.0]])
-    return judge_domain(found, source, earlier, GateConfig(**settings), round=4, attempt=attempt, kind="x", classes=10)
+    return judge_domain(found, source, earlier, GateConfig(**settings), round=4, attempt=attempt, kind="x")
 
 
 def test_agreement_is_counted_image_by_image():
@@ -43,6 +45,18 @@ def test_agreement_is_counted_image_by_image():
     assert found.agreement == pytest.approx(float((task(images).argmax(1) == labels).float().mean()))
     assert found.judge_agreement == pytest.approx(float((judge(images).argmax(1) == labels).float().mean()))
     assert found.diversity == 0
+
+
+def test_the_worst_class_is_counted_where_it_has_images_enough_and_chance_is_the_best_single_answer():
+    task, judge = models()
+    images, labels = batch(tiny_domain(300))
+    keep = (labels != 2) | (torch.arange(300) < 30)  # 100 of two classes, 10 of the third
+    images, labels = images[keep], labels[keep]
+    found = measure(task, judge, None, images, labels, Stream(CPU, 0))
+    right = task(images).argmax(1) == labels
+    assert found.worst_class == pytest.approx(min(float(right[labels == each].float().mean()) for each in (0, 1)))
+    assert found.chance == pytest.approx(100 / 210)
+    assert measure(task, judge, None, images[:9], labels[:9], Stream(CPU, 0)).worst_class is None
 
 
 def test_diversity_is_that_of_two_draws_and_repeats_with_the_stream():
@@ -71,6 +85,7 @@ def test_novelty_is_the_distance_from_the_nearest_earlier_domain():
     [
         (measures([[0.0, 1.0]], agreement=0.5), "label agreement 0.500 < 0.7"),
         (measures([[0.0, 1.0]], judge=0.1), "label agreement of the judge 0.100 < 0.12"),
+        (replace(measures([[0.0, 1.0]]), worst_class=0.05), "label agreement of the worst class 0.050 < 0.1"),
         (measures([[1.0, 0.0]]), "distance from the source 0.000 < 0.02"),
     ],
 )

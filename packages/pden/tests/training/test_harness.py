@@ -175,12 +175,12 @@ def test_another_attempt_begins_with_another_generator():
 def test_the_best_weights_survive_a_late_resume(tmp_path):
     killed = tiny_trainer()
     finish(killed, 17)
-    killed.best.accuracy = 2.0  # no later round is better
+    killed.best.value = 2.0  # no later round is better
     CheckpointStore(tmp_path).save(killed.clock.total, killed.task.state_dict(), capture(killed))
     again = tiny_trainer()
     restore(again, CheckpointStore(tmp_path).latest())
     finish(again)
-    assert (again.best.accuracy, again.best.round) == (2.0, killed.best.round) and again.clock.round == 2
+    assert (again.best.value, again.best.round) == (2.0, killed.best.round) and again.clock.round == 2
     assert all(torch.equal(again.best.tensors[name], value) for name, value in killed.best.tensors.items())
 
 

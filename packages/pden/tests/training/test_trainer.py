@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expkit.errors import UsageError
+from pden.evaluation.accuracy import evaluate
 from pden.generators import Generator
 from pden.training.config import TrainConfig
 from pden.training.objectives import task_loss
@@ -123,15 +124,15 @@ def test_views_are_source_earlier_mixture_and_current():
     rng = torch.Generator().manual_seed(0)
 
     def views(current, earlier, mix=True):
-        return make_views(images, draw_views(images, current, earlier, rng, mix=mix), current, earlier)
+        draws = draw_views(images, current, earlier, rng, mix=mix)
+        return *make_views(images, draws, current, earlier), draws[1] if earlier is not None and mix else None
 
-    source, earlier, mixed, current = views(Constant(0.25), Constant(0.75))
+    source, earlier, mixed, current, shares = views(Constant(0.25), Constant(0.75))
     assert torch.equal(source, images) and earlier.unique() == 0.75 and current.unique() == 0.25
-    share = (mixed - 0.75) / (images - 0.75)
-    assert torch.allclose(share, share[:, :1, :1, :1].expand_as(share), atol=1e-3)
-    assert (share.flatten(1)[:, 0] >= 0).all() and (share.flatten(1)[:, 0] <= 1).all()
-    assert len(views(Constant(0.25), None)) == 2
-    assert len(views(Constant(0.25), Constant(0.75), mix=False)) == 3
+    assert torch.allclose(mixed, shares * images + (1 - shares) * 0.75)
+    assert shares.shape == (4, 1, 1, 1) and shares.min() >= 0 and shares.max() <= 1 and shares.std() > 0.1
+    assert len(views(Constant(0.25), None)) == 2 + 1
+    assert len(views(Constant(0.25), Constant(0.75), mix=False)) == 3 + 1
 
 
 def test_graphs_want_a_gpu():
@@ -198,6 +199,31 @@ def test_a_collapsed_generator_is_warned_of_with_its_round():
     assert "round 1: the generator has collapsed" in trainer.reports[0].warning
 
 
+def test_collapse_is_warned_of_without_a_gate_too():
+    trainer = tiny_trainer(gate__mode="off")
+    plant(trainer, attempts=1)
+    finish(trainer)
+    (warning,) = trainer.take_warnings()
+    assert "round 1: the generator has collapsed" in warning and trainer.take_warnings() == []
+
+
+def test_a_blank_domain_is_refused_by_the_judge_whatever_answer_it_has_for_it():
+    source = tiny_domain(90).take((torch.arange(90) % 3 != 2) | (torch.arange(90) < 30))  # 30, 30 and 10 of a class
+    trainer = Trainer(tiny_config(gate__images=70, gate__judge_over_chance=1.2), source, source)
+    plant(trainer, attempts=2)
+    finish(trainer)
+    refused = [each for each in trainer.reports if each.round == 1]
+    assert [each.verdict for each in refused] == ["retrain", "dropped"]
+    assert all("label agreement of the judge" in " ".join(each.reasons) for each in refused)
+
+
+def test_the_source_chooses_segmentations_by_the_figure_that_is_reported():
+    config = tiny_config(model__name="fcn-small", batch=4, pretrain_batch=4, gate__images=4)
+    trainer = Trainer(config, tiny_dense(), tiny_dense(4, seed=1))
+    finish(trainer, 6)
+    assert trainer.best.value == pytest.approx(evaluate(trainer.task, trainer.validation).miou)
+
+
 def test_no_rounds_is_training_on_the_source():
     expanding, plain = tiny_trainer(rounds=0), tiny_trainer(rounds=0, method="erm")
     assert finish(expanding) == finish(plain) == ["pretrained"]
@@ -207,7 +233,10 @@ def test_no_rounds_is_training_on_the_source():
 def test_a_run_stops_when_rounds_bring_nothing_new():
     trainer = tiny_trainer(rounds=6, stop__patience=2, stop__novelty=9.0)
     finish(trainer)
-    assert len(trainer.pool) == 3  # the first domain is new by definition
+    assert len(trainer.pool) == 3 and trainer.stopped  # the first domain is new by definition
+    whole = tiny_trainer(stop__patience=2, stop__novelty=0.0)
+    finish(whole)
+    assert not whole.stopped
 
 
 def test_a_seed_names_a_run_and_another_seed_another_run():
@@ -221,7 +250,7 @@ def test_a_seed_names_a_run_and_another_seed_another_run():
 def test_expansion_teaches_what_pretraining_does_not_know():
     trainer = guarded(rounds=3, round_steps=40, generator__lr=1e-2)
     finish(trainer)
-    assert trainer.reports[-1].distance > 0.02 and trainer.best.accuracy > 0.9
+    assert trainer.reports[-1].distance > 0.02 and trainer.best.value > 0.9
 
 
 @pytest.mark.parametrize("contrast", ["none", "instance", "supervised", "barlow"])
@@ -266,7 +295,7 @@ def test_segmentation_runs_through_the_same_loop():
     config = tiny_config(model__name="fcn-small", batch=4, pretrain_batch=4, gate__images=4)
     trainer = Trainer(config, tiny_dense(), tiny_dense(4, seed=1))
     assert finish(trainer)[-1] == "round"
-    assert len(trainer.pool) == 2 and 0 < trainer.best.accuracy <= 1
+    assert len(trainer.pool) == 2 and 0 < trainer.best.value <= 1
 
 
 @pytest.mark.parametrize(

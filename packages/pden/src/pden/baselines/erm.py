@@ -40,9 +40,12 @@ class Erm:
         return safety_loss(model(views), labels)
 
     def grow(self, model: TaskModel, images: Tensor, labels: Tensor) -> Tensor:
-        """uint8 images that join the pool with these labels; called before each of the steps in `growth`.
+        """Images that join the pool with these labels; called before each of the steps in `growth`.
 
         Args:
-            images: all source images, uint8.
+            images: the whole pool, fp16 in [0, 1], ``(count, channels, height, width)``.
+
+        Returns:
+            images of the same kind.
         """
         raise NotImplementedError

@@ -37,6 +37,13 @@ def run(
     typer.echo(table.markdown(rows))
     seeds = {label: sorted(each["seed"] for each in runs) for label, runs in groups.items()}
     typer.echo(f"selection: {selection}; seeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}")
+    sources = {label: str(runs[0].get("source")) for label, runs in groups.items()}
+    if len(set(sources.values())) > 1:
+        typer.echo(
+            f"note: trained on other sources: {', '.join(f'{label} on {each}' for label, each in sources.items())}"
+        )
+    for note in dict.fromkeys(note for each in found for note in each.get("notes", [])):
+        typer.echo(f"note: {note}")
     for path, text in texts.items():
         write_text(path, text)
     if plot is not None:

@@ -14,7 +14,7 @@ def run(
     run: options.Run,
     out: Annotated[Path, typer.Option(help="Folder to make: OUT/domain-01/CLASS/000000.png, and manifest.json.")],
     source: Annotated[str | None, typer.Option(help="Domain to expand; the run's own source by default.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many images, evenly over the domain.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -34,7 +34,5 @@ def run(
     domain = load_domain(source or trained.source, Home.of(data_dir), size=trained.size, channels=trained.channels)
     if domain.dense:
         raise UsageError("expand writes images with one label each, not segmentation")
-    if limit is not None:
-        domain = domain.take(slice(limit))
-    count = write_expanded(domain, trained, out, seed=seed, record={**evidence(seed), "run": str(run)})
+    count = write_expanded(domain, trained, out, seed=seed, record={**evidence(seed), "run": str(run)}, limit=limit)
     typer.echo(f"{count} images in {len(trained.generators)} domains: {out}")

@@ -43,7 +43,7 @@ def run(
         task = bar.add_task("predicting", total=len(files), visible=len(files) > _SOME)
         for start in range(0, len(files), _SOME):
             part = files[start : start + _SOME]
-            tensors = torch.stack([read_image(path, trained.size, trained.channels) for path in part])
+            tensors = torch.stack([read_image(path, trained.shape, trained.channels) for path in part])
             labels, probabilities = trained.predict(tensors)
             for path, label, probability in zip(part, labels.tolist(), probabilities.tolist(), strict=True):
                 rows.append({"image": str(path), "label": trained.classes[label], "probability": probability})

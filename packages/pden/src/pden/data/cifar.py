@@ -55,14 +55,20 @@ def load_cifar(spec: str, home: Home) -> Domain:
     return Domain(f"{RECOMPUTED} {corruption}/{level}", made, labels, CLASSES, note)
 
 
-def expand_levels(spec: str) -> list[str]:
-    """`cifar10-c/5` as its 15 corruptions, `cifar10-c/5/all` as 19, `cifar10-c` as 15 at all five levels."""
+def expand_levels(text: str) -> list[str]:
+    """`cifar10-c/5` as its 15 corruptions, `cifar10-c/5/all` as 19, `cifar10-c` as 15 at all five levels; each has the
+    `NAME=` that came before it, with corruption and level."""
+    before, equals, spec = text.rpartition("=")
     parts = spec.split("/")
     if parts[0] not in ("cifar10-c", "cifar10-c-recomputed") or (len(parts) > 1 and parts[1] in CORRUPTIONS):
-        return [spec]
+        return [text]
     names = CORRUPTIONS if parts[-1] == "all" else COMMON
     levels = [parts[1]] if len(parts) > 1 and parts[1] != "all" else list("12345")
-    return [f"{parts[0]}/{name}/{level}" for level in levels for name in names]
+    return [
+        (f"{before} {name} {level}=" if equals else "") + f"{parts[0]}/{name}/{level}"
+        for level in levels
+        for name in names
+    ]
 
 
 def recompute(images: Tensor, corruption: str, level: int, *, seed: int = 0, frost: Path | None = None) -> Tensor:

@@ -113,14 +113,17 @@ class Domain:
         return self.take(~held), self.take(held)
 
 
-def fit_images(images: Tensor, size: int, channels: int, name: str) -> Tensor:
+def fit_images(images: Tensor, size: int | tuple[int, int], channels: int, name: str) -> Tensor:
     """uint8 images ``(count, channels, height, width)`` at `size` pixels with `channels` channels.
 
-    `size` is the side; images that are not square keep their shape, and `size` is that of the shorter side.
+    `size` is the shorter side of images that keep their shape (0 leaves them alone), or height and width.
     """
-    if size and min(images.shape[-2:]) != size:
-        factor = size / min(images.shape[-2:])
-        shape = [round(side * factor) for side in images.shape[-2:]]
+    shape = list(images.shape[-2:])
+    if isinstance(size, tuple):
+        shape = list(size)
+    elif size:
+        shape = [round(side * size / min(shape)) for side in shape]
+    if shape != list(images.shape[-2:]):
         some = max(1, _FLOATS // images[0].numel())
         images = torch.cat(
             [

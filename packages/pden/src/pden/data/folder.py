@@ -29,11 +29,11 @@ def image_files(folder: Path, *, inside: bool = False) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in SUFFIXES)
 
 
-def read_image(path: Path, size: int = 0, channels: int = 3) -> Tensor:
+def read_image(path: Path, size: int | tuple[int, int] = 0, channels: int = 3) -> Tensor:
     """One image as uint8 ``(channels, height, width)``.
 
     Args:
-        size: both sides, by bilinear resizing; 0 leaves the size alone.
+        size: both sides, or height and width, by bilinear resizing; 0 leaves the size alone.
         channels: 1 is grey, 3 colour.
 
     Raises:
@@ -42,8 +42,9 @@ def read_image(path: Path, size: int = 0, channels: int = 3) -> Tensor:
     try:
         with Image.open(path) as image:
             ready = _eight_bits(image).convert("L" if channels == 1 else "RGB")
-            if size and ready.size != (size, size):
-                ready = ready.resize((size, size), Image.Resampling.BILINEAR)
+            height, width = size if isinstance(size, tuple) else (size, size)
+            if size and ready.size != (width, height):
+                ready = ready.resize((width, height), Image.Resampling.BILINEAR)
             pixels: Tensor = pil_to_tensor(ready)
             return pixels
     except FileNotFoundError:
@@ -113,8 +114,10 @@ def load_masks(folder: Path, masks: Path, name: str, classes: tuple[str, ...], v
                 mask = pil_to_tensor(opened)[0].long()
         except _DAMAGED as error:
             raise UsageError(f"{by_stem[path.stem]} is not a readable mask ({error})") from None
-        if mask.shape != image.shape[1:] or (images and image.shape != images[0].shape):
-            raise UsageError(f"{path} is {tuple(image.shape[1:])}, its mask or the first image is not")
+        for what, other in (("its mask", mask), ("the first image", images[0] if images else image)):
+            if other.shape[-2:] != image.shape[-2:]:
+                sides, others = ("x".join(map(str, reversed(each.shape[-2:]))) for each in (image, other))
+                raise UsageError(f"{path} is {sides}, {what} is {others}; all images and masks must have one size")
         images.append(image)
         labels.append(mask if void is None else mask.masked_fill(mask == void, 255))
     if not images:

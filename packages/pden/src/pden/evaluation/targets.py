@@ -28,12 +28,13 @@ def load_targets(
     for text in (each for spec in specs for each in expand_levels(spec)):
         name, spec = parse_target(text)
         for each, use in zip(seen, ("source", "validation domain"), strict=False):
-            if _place(spec) == _place(parse_target(each)[1]):
+            if place(spec) == place(each):
                 unseen = "a target must be a domain that neither training nor selection has seen"
                 raise UsageError(f'target "{name}" is the {use}; {unseen}')
-        if any(each.name == name for each in found):
-            raise UsageError(f'two targets are called "{name}"; write NAME=SPEC to tell them apart')
-        found.append(with_classes(load_domain(text, home, size=size, channels=channels), classes))
+        domain = with_classes(load_domain(text, home, size=size, channels=channels), classes)
+        if any(each.name == domain.name for each in found):
+            raise UsageError(f'two targets are called "{domain.name}"; write NAME=SPEC to tell them apart')
+        found.append(domain)
     return found
 
 
@@ -70,6 +71,8 @@ def absent_note(domain: Domain) -> str:
     return f"{domain.name} has no image of {', '.join(missing)}: scored on the other classes" if missing else ""
 
 
-def _place(spec: str) -> str:
+def place(text: str) -> str:
+    """What a domain's specification names, the same for two ways of writing it."""
+    spec = parse_target(text)[1]
     path, separator, keys = spec.partition("#")
     return f"{Path(path).resolve()}{separator}{keys}" if separator or Path(path).exists() else spec

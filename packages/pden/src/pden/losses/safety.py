@@ -13,6 +13,6 @@ def safety_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: ``(batch, classes)``, or ``(batch, classes, height, width)`` for segmentation.
-        labels: ``(batch,)`` or ``(batch, height, width)``; pixels with label 255 do not count.
+        labels: ``(batch,)`` or ``(batch, height, width)``; pixels with label 255 do not count (images with it do).
     """
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED if labels.dim() == 3 else -100)

@@ -36,10 +36,11 @@ class Best:
     """The round whose model labelled the source's validation part best.
 
     Attributes:
-        accuracy, round: of it; -1 before the first evaluation. Round 0 is pre-training.
+        value, round: accuracy (mIoU for segmentation) and number; -1 before the first evaluation. Round 0 is
+            pre-training.
         tensors: its weights.
     """
 
-    accuracy: float = -1.0
+    value: float = -1.0
     round: int = -1
     tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -130,6 +130,7 @@ class LossConfig:
     def __post_init__(self) -> None:
         weights = (self.safety, self.diversity, self.cycle, self.adversarial, self.contrast_weight, self.off_diagonal)
         _require(all(0 <= each < inf for each in weights), "loss weights must be numbers of 0 or more")
+        _require(self.diversity_limit > 0, f"loss.diversity_limit is {self.diversity_limit}; it must be positive")
         _require(0 < self.temperature < inf, f"loss.temperature is {self.temperature}; it must be positive")
 
 
@@ -164,9 +165,12 @@ class GateConfig:
         mode: "on" refuses domains, "record" only measures them, "off" does neither.
         images: how many are measured.
         agreement: least share of them that the task model still labels rightly in the new domain.
-        judge_over_chance: least share for the judge, in multiples of chance (1 / classes). The judge is a model of
-            another seed that has seen the source alone, as it is and in random disguise (random convolutions and
-            negatives), and no domain. It is no oracle: a demanding limit refuses just the domains that teach most.
+        worst_class: least such share of any one class that has 20 images or more among them.
+        judge_over_chance: least share for the judge, in multiples of chance (the share of the most frequent class; in
+            segmentation 1 / classes). The judge is a model of another seed that has seen the source alone, as it is and
+            in random disguise (random convolutions and negatives), and no domain. It is no oracle: a demanding limit
+            refuses just the domains that teach most. So classes that a domain exchanges, which the task model learns
+            again as exchanged, pass.
         distance: least distance from the source: 1 - cosine of the judge's features, mean over images.
         novelty: least distance from the nearest earlier domain, measured in the same way.
         retries: how often a refused domain is learned anew before it is dropped.
@@ -177,6 +181,7 @@ class GateConfig:
     mode: Literal["on", "record", "off"] = "on"
     images: int = 1000
     agreement: float = 0.7
+    worst_class: float = 0.1
     judge_over_chance: float = 1.2
     distance: float = 0.02
     novelty: float = 0.0

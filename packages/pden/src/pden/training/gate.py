@@ -19,6 +19,7 @@ from pden.training.config import GateConfig
 from pden.training.stream import Stream
 
 _CHUNK = 256
+_ENOUGH = 20  # images of a class that tell its agreement
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class DomainReport:
         round, attempt: which; the first attempt is 0.
         kind: of its generator.
         agreement: share of held-out images (or pixels) that the task model labels rightly in the domain.
+        worst_class: the same of the class that it labels rightly least; None for segmentation, and where no class has
+            enough images.
         judge_agreement: the same for the judge, which has seen the source alone.
         distance: from the source: 1 - cosine of the judge's features, mean over images.
         novelty: the least such distance from an earlier domain; None for the first.
@@ -49,6 +52,7 @@ class DomainReport:
     verdict: str = "recorded"
     reasons: tuple[str, ...] = ()
     warning: str = ""
+    worst_class: float | None = None
 
     @property
     def kept(self) -> bool:
@@ -67,12 +71,19 @@ class DomainReport:
 
 @dataclass(frozen=True)
 class Measures:
-    """The judge's view of one domain: features ``(images, width)``, normalised, and both agreements."""
+    """The judge's view of one domain: features ``(images, width)``, normalised, and both agreements.
+
+    Attributes:
+        chance: agreement of one answer for all images, the best one.
+        worst_class: see `DomainReport`.
+    """
 
     features: Tensor
     agreement: float
     judge_agreement: float
     diversity: float
+    chance: float
+    worst_class: float | None = None
 
 
 @torch.no_grad()
@@ -86,18 +97,41 @@ def measure(
         images: held-out source images in [0, 1].
         stream: for the noise; the same stream gives the same figures.
     """
-    features, right, judged, counted, difference = [], 0.0, 0.0, 0.0, 0.0
+    features, rights, judged, difference = [], [], 0.0, 0.0
     for part, answer in zip(torch.split(images, _CHUNK), torch.split(labels, _CHUNK), strict=True):
         made = part if generator is None else generator(part, generator=stream.torch)
         if generator is not None:
             difference += float(diversity(made, generator(part, generator=stream.torch))) * len(part)
         seen, counts = judge.full(made), answer != IGNORED if answer.dim() == 3 else torch.ones_like(answer).bool()
         features.append(F.normalize(seen.features.float(), dim=1))
-        right += float(((task(made).argmax(1) == answer) & counts).sum())
+        rights.append((task(made).argmax(1) == answer) & counts)
         judged += float(((seen.logits.argmax(1) == answer) & counts).sum())
-        counted += float(counts.sum())
-    total = max(counted, 1.0)
-    return Measures(torch.cat(features), right / total, judged / total, difference / len(images))
+    right = torch.cat(rights)
+    dense = labels.dim() == 3
+    total = max(1.0, float((labels != IGNORED).sum()) if dense else float(len(labels)))
+    of_class = torch.bincount(labels) if not dense else None
+    chance = 1 / task.classes if of_class is None else float(of_class.max()) / total
+    worst = None
+    if of_class is not None and bool((of_class >= _ENOUGH).any()):
+        shares = torch.bincount(labels, weights=right.float()) / of_class
+        worst = float(shares[of_class >= _ENOUGH].min())
+    agreements = float(right.sum()) / total, judged / total
+    return Measures(torch.cat(features), *agreements, difference / len(images), chance, worst)
+
+
+@torch.no_grad()
+def two_draws(generator: Generator, images: Tensor, stream: Stream) -> float:
+    """The diversity of two draws for images in [0, 1]."""
+    parts = torch.split(images, _CHUNK)
+    draws = [diversity(*(generator(part, generator=stream.torch) for _ in range(2))) * len(part) for part in parts]
+    return float(torch.stack(draws).sum()) / len(images)
+
+
+def collapse_warning(diversity: float, gate: GateConfig, round: int) -> str:
+    """A sentence where a generator's draws differ by less than the gate's floor, else nothing."""
+    if diversity >= gate.collapse:
+        return ""
+    return f"round {round}: the generator has collapsed (diversity {diversity:.4f} < {gate.collapse:g})"
 
 
 def distance(first: Measures, second: Measures) -> float:
@@ -114,26 +148,23 @@ def judge_domain(
     round: int,
     attempt: int,
     kind: str,
-    classes: int,
 ) -> DomainReport:
     """The report of a domain, with its verdict."""
     far = distance(found, source)
     novelty = min((distance(found, each) for each in earlier), default=None)
     limits = [
         ("label agreement", found.agreement, gate.agreement),
-        ("label agreement of the judge", found.judge_agreement, gate.judge_over_chance / classes),
+        ("label agreement of the worst class", found.worst_class, gate.worst_class),
+        ("label agreement of the judge", found.judge_agreement, gate.judge_over_chance * found.chance),
         ("distance from the source", far, gate.distance),
         ("novelty", novelty, gate.novelty),
     ]
     reasons = tuple(
-        f"{what} {value:.3f} < {least:g}" for what, value, least in limits if value is not None and not value >= least
+        f"{what} {value:.3f} < {least:.3g}" for what, value, least in limits if value is not None and not value >= least
     )
     verdict = "recorded"
     if gate.mode == "on":
         verdict = "accepted" if not reasons else ("retrain" if attempt < gate.retries else "dropped")
-    warning = ""
-    if found.diversity < gate.collapse:
-        warning = f"round {round}: the generator has collapsed (diversity {found.diversity:.4f} < {gate.collapse:g})"
     return DomainReport(
         round,
         attempt,
@@ -145,5 +176,6 @@ def judge_domain(
         found.diversity,
         verdict,
         reasons,
-        warning,
+        collapse_warning(found.diversity, gate, round),
+        found.worst_class,
     )

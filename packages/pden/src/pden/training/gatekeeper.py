@@ -70,7 +70,6 @@ class Gatekeeper:
             round=round,
             attempt=attempt,
             kind=kind,
-            classes=self.judge.classes,
         )
         report = DomainReport.from_plain(gather(made.plain())[0])  # all processes follow the first one's verdict
         self.reports.append(report)

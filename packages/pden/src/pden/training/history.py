@@ -48,7 +48,8 @@ def selections(history: Sequence[dict[str, Any]], best_round: int) -> dict[str, 
     """Figures by how the model was selected.
 
     `last` and `averaged` take the final round, `source-validation` the round that labelled the held-out source images
-    best; `oracle` takes the round that was best on the targets themselves, which nobody could have known.
+    best; `oracle` takes the round that was best on the targets themselves, which nobody could have known (left out
+    unless every round was measured on them).
     """
     final = history[-1]
     found: dict[str, dict[str, Any]] = {"last": {**final["last"], "round": final["round"]}}
@@ -58,7 +59,7 @@ def selections(history: Sequence[dict[str, Any]], best_round: int) -> dict[str, 
     if chosen is not None:
         found["source-validation"] = {**chosen["last"], "round": best_round}
     measured = [each for each in history if "average" in each["last"]]
-    if measured:
+    if len(measured) == len(history):
         top = max(measured, key=lambda each: each["last"]["average"])
         found["oracle"] = {**top["last"], "round": top["round"]}
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,10 @@ from expkit.errors import UsageError
 from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
 from pden.evaluation.disguise import disguises
-from pden.evaluation.targets import absent_note, load_targets, shared_notes, with_classes
+from pden.evaluation.targets import absent_note, load_targets, place, shared_notes, with_classes
 from pden.saving import save_model
 from pden.training.config import TrainConfig
-from pden.training.history import measure_round, selections
+from pden.training.history import figures, measure_round, selections
 from pden.training.state import capture, restore
 from pden.training.trainer import Trainer
 
@@ -48,6 +49,8 @@ def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Dom
     data = config.data
     source = load_domain(data.source, home, size=data.size, channels=data.channels)
     if data.validation:
+        if place(data.validation) == place(data.source):
+            raise UsageError("data.validation is the source itself; left out, a share of the source is held out")
         held = load_domain(data.validation, home, size=data.size, channels=data.channels)
         held = with_classes(held, source.classes)
     else:
@@ -122,7 +125,10 @@ class _Job:
         count = trainer.config.data.disguised if run is not None else 0
         self.disguised = disguises(trainer.validation, count) if count else []
         seen = (trainer.source, trainer.validation)
-        self.shared = shared_notes(targets, seen) if run is not None else []
+        held = [trainer.validation] if trainer.config.data.validation else []  # a share held out may have twins
+        self.shared: list[str] = []
+        if run is not None:
+            self.shared = shared_notes(targets, seen) + shared_notes(held, [trainer.source])
 
     def say(self, text: str, always: bool = False) -> None:
         if self.run is not None and (always or not self.quiet):
@@ -143,6 +149,8 @@ class _Job:
                     bar.update(task, completed=trainer.clock.total, total=trainer.planned_steps)
                 for report in trainer.reports[before:]:
                     self._tell(report)
+                for warning in trainer.take_warnings():
+                    self.say(f"warning: {warning}", always=True)
                 due = event == "round" or trainer.done or trainer.clock.total - saved >= config.checkpoint_every
                 if due or event == "pretrained":
                     trainer.require_finite()  # neither measured nor kept, so that a resume has something to go on from
@@ -150,19 +158,22 @@ class _Job:
                     self._measure(0 if event == "pretrained" else number)
                     if shown:
                         bar.update(task, description=f"{config.name}: round {trainer.clock.round}/{config.rounds}")
-                if self.run is not None and trainer.clock.total % config.log_every == 0:
-                    self._log()
+                if self.run is not None and (due or trainer.clock.total % config.log_every == 0):
+                    self._log()  # before a checkpoint too, so that a resumed run's means are of the same steps
                 if due:
                     saved = trainer.clock.total
                     self._save()
         if not self.history or (self.history[-1]["round"] != trainer.clock.round and config.rounds):
             self._measure(trainer.clock.round)  # the last round's domain was dropped
+        if trainer.stopped:
+            rounds = f"{config.stop.patience} round(s) in a row brought nothing new"
+            self.say(f"stopped after round {trainer.clock.round} of {config.rounds}: {rounds}", always=True)
+        self._measure_best()
 
     def _introduce(self) -> None:
         trainer, config = self.trainer, self.trainer.config
-        for target in self.targets:
-            if note := absent_note(target):
-                self.say(f"note: {note}")
+        for note in dict.fromkeys(n for target in self.targets for n in (target.note, absent_note(target)) if n):
+            self.say(f"note: {note}")
         for note in self.shared:
             self.say(f"note: {note}", always=True)
         if config.rounds == 0 and trainer.expands:
@@ -202,6 +213,16 @@ class _Job:
         self.say(f"round {number}: validation {100 * last['validation']:.1f} %{average}")
         trainer.skip_time()
 
+    def _measure_best(self) -> None:
+        """Target figures of the weights that the source chose, where their round was not measured on targets."""
+        trainer = self.trainer
+        chosen = next((each for each in self.history if each["round"] == trainer.best.round), None)
+        if self.run is None or not self.targets or chosen is None or "targets" in chosen["last"]:
+            return
+        model = copy.deepcopy(trainer.task)
+        model.load_state_dict(trainer.best.tensors)
+        chosen["last"] = figures(model, trainer.validation, self.targets, self.disguised)
+
     def _log(self) -> None:
         assert self.run is not None
         trainer = self.trainer
@@ -227,6 +248,7 @@ class _Job:
             "source": config.data.source,
             "metric": "mIoU" if trainer.source.dense else "accuracy",
             "domains": len(trainer.pool),
+            "stopped": trainer.stopped,
             "selections": selections(self.history, trainer.best.round),
             "history": self.history,
             "reports": reports,
@@ -251,12 +273,13 @@ class _Job:
         assert self.run is not None
         trainer, config = self.trainer, self.trainer.config
         weights = {"last": trainer.task.state_dict(), "source-validation": trainer.best.tensors}
-        if trainer.average is not None and trainer.clock.round >= config.averaging.from_round:
+        if trainer.average is not None and "averaged" in self.history[-1]:
             weights["averaged"] = trainer.average.module.state_dict()
         channels = trainer.source.images.shape[1]
         model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}
         model |= {"size": trainer.size, "width": config.model.width, "embedding": config.model.embedding}
-        settings = {"model": model, "classes": trainer.source.classes, "size": trainer.size, "channels": channels}
+        settings = {"model": model, "classes": trainer.source.classes, "size": config.data.size, "channels": channels}
+        settings |= {"shape": list(trainer.source.images.shape[-2:])}
         settings |= {"source": config.data.source, "validation": config.data.validation, "domains": domains}
         save_model(self.run.path / "model", settings, weights, trainer.pool)
 

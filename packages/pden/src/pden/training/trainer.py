@@ -34,7 +34,7 @@ from pden.models import TaskModel, build_model
 from pden.training.averaging import new_average
 from pden.training.clock import Best, Clock
 from pden.training.config import OptimizerConfig, TrainConfig
-from pden.training.gate import DomainReport
+from pden.training.gate import DomainReport, collapse_warning, two_draws
 from pden.training.gatekeeper import Gatekeeper
 from pden.training.learner import Learner
 from pden.training.objectives import Expansion
@@ -100,6 +100,7 @@ class Trainer:
         self.grown: tuple[Tensor, Tensor] | None = None
         self.snapshot: dict[str, Any] | None = None
         self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._warnings: list[str] = []
         self._mark = time.perf_counter()
 
     @property
@@ -116,6 +117,11 @@ class Trainer:
     def done(self) -> bool:
         """Whether the run has ended."""
         return self.clock.stage == "done"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it ended before its last round, as the last ones had brought nothing new."""
+        return self.done and self.clock.round < self.config.rounds
 
     @property
     def planned_steps(self) -> int:
@@ -245,6 +251,7 @@ class Trainer:
         """Judge the running domain; False where it was refused, and the clock set to what comes next."""
         assert self.expansion is not None
         if self.gatekeeper is None:
+            self._warn_of_collapse()
             return True
         self.tick()
         clock = self.clock
@@ -262,6 +269,21 @@ class Trainer:
                 self._next_round(productive=False)
         self.tick(gate=True)
         return report.kept
+
+    def _warn_of_collapse(self) -> None:
+        """What the gate warns of, where there is none."""
+        assert self.expansion is not None
+        generator, clock = self.expansion.generator, self.clock
+        held = self.validation.spread(self.config.gate.images)
+        images, _ = held.batch(torch.arange(len(held), device=self.device))
+        stream = Stream(self.device, self.config.seed, "gate", clock.round, clock.attempt)
+        warning = collapse_warning(two_draws(generator, images, stream), self.config.gate, clock.round)
+        self._warnings += [warning] if warning else []
+
+    def take_warnings(self) -> list[str]:
+        """What has been warned of since the last call, besides what is in reports."""
+        found, self._warnings = self._warnings, []
+        return found
 
     def _end_round(self) -> None:
         if self.expansion is not None:
@@ -281,9 +303,9 @@ class Trainer:
 
     def _select(self, round: int) -> None:
         """Keep these weights unless an earlier round's labelled the validation images better."""
-        accuracy = gather(evaluate(self.task, self.validation).accuracy)[0]
-        if accuracy >= self.best.accuracy:
-            self.best = Best(accuracy, round, copy.deepcopy(dict(self.task.state_dict())))
+        value = gather(evaluate(self.task, self.validation).value)[0]
+        if value >= self.best.value:
+            self.best = Best(value, round, copy.deepcopy(dict(self.task.state_dict())))
 
     @property
     def kind(self) -> str:
@@ -378,12 +400,12 @@ def _require_fit(config: TrainConfig, source: Domain, validation: Domain, world:
             f"validation {validation.name} ({len(validation.classes)} classes, {tuple(validation.images.shape[1:])}) "
             f"does not fit the source {source.name} ({len(source.classes)}, {tuple(source.images.shape[1:])})"
         )
-    height, width = source.images.shape[-2:]
-    if config.model.name == "digits" and height != width:
-        raise UsageError(f"{source.name}: images of {height}x{width}; model digits takes square ones, wrn-16-4 any")
     if source.dense != config.model.name.startswith("fcn-"):
         need = "fcn-resnet50 or fcn-small" if source.dense else "a model for classification"
         raise UsageError(f"{source.name} has one label for each {'pixel' if source.dense else 'image'}; use {need}")
+    height, width = source.images.shape[-2:]
+    if config.model.name == "digits" and height != width:
+        raise UsageError(f"{source.name}: images of {height}x{width}; model digits takes square ones, wrn-16-4 any")
     if source.dense and config.method not in ("pden", "erm"):
         raise UsageError(f"method {config.method} is for classification; segmentation has pden and erm")
     if source.dense and set(config.generator.kinds) != {"photometric"}:
