@@ -11,7 +11,8 @@ first `run` on this machine. Where a command may not last so long, start it in t
 /dev/shm). OUT is small (figures and pictures, a few MiB in all), and all that a later lease needs: what has its figures
 there is not run again, nor is a training that has failed by itself (`failed.json` in the place of its figures, to be
 removed for another try); one that was killed, or for which there was no memory, is tried again by the next `run`.
-`restore` fills OUT from what `report` has published.
+Several `run`s with one OUT, each with its own GPU, WORK and `--only`, share the work where a GPU is taken by something
+else for a while. `restore` fills OUT from what `report` has published.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
@@ -88,8 +89,9 @@ class Study:
     @property
     def todo(self) -> list[Job]:
         """What has neither figures nor failed nor is running; what was begun on this machine comes first."""
-        parts = getattr(self.arguments, "parts", None) or PARTS
+        parts, only = getattr(self.arguments, "parts", None) or PARTS, self.arguments.only
         jobs = [job for job in queue(self.chosen or ()) if job.part in parts and job not in self.running]
+        jobs = [job for job in jobs if only is None or job.place in only.split(",")]
         jobs = [job for job in jobs if not (self.has(job) or self.has(job, "failed.json"))]
         return sorted(jobs, key=lambda job: not self.begun(job))
 
@@ -273,6 +275,7 @@ def main() -> int:
             continue
         one.add_argument("--side", type=int, default=1, help="trainings side by side on a GPU")
         one.add_argument("--gpus", type=int, help="over how many GPUs; all that are visible, if not given")
+        one.add_argument("--only", metavar="NAME,...", help="trainings of these names (without -seedN) alone")
         one.add_argument("--lease", type=float, default=24.0, help="minutes from the first `run` on this machine")
         if action == "plan":
             continue
@@ -304,6 +307,10 @@ def main() -> int:
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"no part {min(unknown)!r}; they are {', '.join(PARTS)}")
+    places = {job.place for job in queue()}
+    strange = set() if arguments.only is None else set(arguments.only.split(",")) - places
+    if strange:
+        parser.error(f"--only: no training {min(strange)!r}; they are {', '.join(sorted(places))}")
     return study.run()
 
 

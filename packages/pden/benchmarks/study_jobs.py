@@ -77,7 +77,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.label}-seed{self.seed}".replace(", ", "_")
+        return f"{self.place}-seed{self.seed}"
+
+    @property
+    def place(self) -> str:
+        """Its name but for the seed."""
+        return self.label.replace(", ", "_")
 
 
 def settings(*keys: str) -> tuple[str, ...]:

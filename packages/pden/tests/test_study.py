@@ -155,13 +155,13 @@ found = {"gpu": os.environ["CUDA_VISIBLE_DEVICES"], "start": start, "end": time.
 class Runner:
     """The study with processes that sleep and say when and on which GPU, in the place of trainings."""
 
-    def __init__(self, folder: Path, seconds: float, only: Callable[[study.Job], bool], **arguments: object) -> None:
+    def __init__(self, folder: Path, seconds: float, wanted: Callable[[study.Job], bool], **arguments: object) -> None:
         module = load_study()
         self.out, self.work = folder / "out", folder / "work"
-        given = {"side": 2, "gpus": 2, "lease": 60.0, "minutes": 1.0, "parts": [], **arguments}
+        given = {"side": 2, "gpus": 2, "lease": 60.0, "minutes": 1.0, "parts": [], "only": None, **arguments}
         self.study = module.Study(argparse.Namespace(out=self.out, work=self.work, **given))
         self.study.command = lambda job: [sys.executable, "-c", RECORD, str(self.study.folder(job)), str(seconds)]
-        module.queue = lambda chosen=(): [job for job in study.queue(chosen) if only(job)]
+        module.queue = lambda chosen=(): [job for job in study.queue(chosen) if wanted(job)]
 
     def said(self) -> dict[str, dict]:
         """What the processes that came to their end said, by name."""
@@ -182,6 +182,19 @@ def test_each_gpu_has_trainings_of_its_own_and_no_more_than_side_at_a_time(tmp_p
     for one in runs:
         together = [each for each in runs if each["gpu"] == one["gpu"] and each["start"] <= one["start"] < each["end"]]
         assert len(together) <= 2
+
+
+def test_only_the_named_trainings_run_and_several_commands_share_one_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for names in ("erm", "me-ada,randconv"):
+        runner = Runner(tmp_path, 0.0, lambda job: job.part == "baselines" and job.seed < 2, only=names)
+        assert runner.study.run() == 0
+    assert set(runner.said()) == {f"{name}-seed{seed}" for name in ("erm", "me-ada", "randconv") for seed in (0, 1)}
+    call = ["study.py", "run", "choice", "--only", "farther_randconv,nothing", "--gpus", "1"]
+    monkeypatch.setattr(sys, "argv", [*call, "--out", str(tmp_path), "--work", str(tmp_path), "--data-dir", "nowhere"])
+    with pytest.raises(SystemExit) as stopped:
+        load_study().main()
+    assert stopped.value.code == 2 and "no training 'nothing'; they are augmix, " in capsys.readouterr().err
 
 
 def test_what_is_measured_alone_has_its_gpu_for_itself(tmp_path, monkeypatch):
