@@ -17,7 +17,7 @@ from expkit import rundir
 from expkit.config import load_config
 from expkit.errors import UsageError
 from expkit.metrics import read_metrics
-from expkit.rundir import RunDir, evidence
+from expkit.rundir import RunDir, config_to_resume, evidence
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert read_metrics(resumed.path / "metrics.jsonl") == read_metrics(whole.path / "metrics.jsonl")
     one, other = whole.checkpoints.latest(), resumed.checkpoints.latest()
     assert one is not None and other is not None and torch.equal(one.tensors["w"], other.tensors["w"])
+
+
+def test_a_run_is_resumed_by_its_own_config_unless_another_is_given(tmp_path: Path) -> None:
+    own = RunDir.create(tmp_path, "run", Config(lr=0.25)).path / "config.toml"
+    assert config_to_resume(tmp_path, "run", None) == own
+    assert config_to_resume(tmp_path, "run", Path("other.toml")) == Path("other.toml")
+    assert config_to_resume(tmp_path, "none", None) is None
 
 
 def test_each_start_of_a_run_is_recorded(tmp_path: Path) -> None:

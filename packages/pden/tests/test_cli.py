@@ -353,7 +353,8 @@ def test_a_killed_run_goes_on_to_the_same_model(trained, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "tiny" / "result.json").exists()
-    assert run(*TINY, *options, *settings, "--resume") == 0
+    assert run("train", "--name", "tiny", "--runs", tmp_path, "--resume", "--rounds", 3) == 2
+    assert run("train", "--name", "tiny", "--runs", tmp_path, "--resume") == 0  # its own settings
     again, whole = (
         load_tensors(folder / "tiny" / "model" / "last.safetensors") for folder in (tmp_path, trained.parent)
     )

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -46,6 +47,17 @@ def test_train_writes_best_and_last(runs):
     result = json.loads((runs / "one.json").read_text())
     assert result.keys() > EVIDENCE and {"natural", "pgd20"} <= result["best"].keys() & result["last"].keys()
     assert (runs / "one" / "reference" / "best.safetensors").is_file()
+
+
+def test_a_run_is_resumed_by_its_name_alone_as_it_was_begun(runs, tmp_path, capsys):
+    shutil.copytree(runs / "one", tmp_path / "one")
+    before = load_tensors(tmp_path / "one" / "last.safetensors")
+    (tmp_path / "one" / "last.safetensors").unlink()
+    call = ["train", "--name", "one", "--runs", str(tmp_path), "--resume"]
+    assert run(*call, "--epochs", "5") == 2 and "epochs (4 -> 5)" in capsys.readouterr().err
+    assert run(*call) == 0
+    after = load_tensors(tmp_path / "one" / "last.safetensors")
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_a_run_without_a_name_gets_one_that_is_free(tmp_path, monkeypatch):

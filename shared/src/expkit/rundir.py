@@ -99,6 +99,12 @@ def evidence(seed: int | None = None) -> dict[str, Any]:
     }
 
 
+def config_to_resume(runs: Path, name: str, given: Path | None) -> Path | None:
+    """The config file that a run goes on with: the one that was given, else the run's own, else None."""
+    own = Path(runs) / name / "config.toml"
+    return own if given is None and own.is_file() else given
+
+
 def require_same(path: Path, text: str) -> None:
     """Raise UsageError where a run's `config.toml` is not there, is damaged, or says something else than `text`."""
     if not path.is_file():

@@ -32,7 +32,7 @@ def run(
     ] = None,
     data_dir: options.DataDir = None,
     runs: options.Runs = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name, as it was begun.")] = False,
     json: options.Json = None,
 ) -> None:
     """Train; with torchrun on any number of processes. Writes runs/NAME with the model, figures, curve and gallery."""
@@ -40,6 +40,7 @@ def run(
     from expkit.config import load_config
     from expkit.distributed import join, leave
     from expkit.errors import UsageError
+    from expkit.rundir import config_to_resume
     from pden.presets import preset_path
     from pden.training.config import TrainConfig
 
@@ -60,7 +61,10 @@ def run(
     path = preset_path(preset) if preset is not None else config
     settings = load_config(TrainConfig, path, {**overrides, **flags})
     if name is None and settings.method != "pden" and settings.name == "pden":
-        settings = load_config(TrainConfig, path, {**overrides, **flags, "name": settings.method})
+        flags["name"] = settings.method
+        settings = load_config(TrainConfig, path, {**overrides, **flags})
+    if resume and seeds is None:
+        settings = load_config(TrainConfig, config_to_resume(runs, settings.name, path), {**overrides, **flags})
 
     from pden.data import Home
     from pden.training.run import train

@@ -37,13 +37,14 @@ def run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key: --set optimizer.lr=0.05")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run of this name, as it was begun.")] = False,
     json: options.Json = None,
 ) -> None:
     """Train; with torchrun on any number of GPUs. Leaves runs/NAME/{best,last}.safetensors and result.json."""
     from expkit.checkpoint import write_json
     from expkit.config import load_config
     from expkit.distributed import join, leave
+    from expkit.rundir import config_to_resume
     from train_adv.training.config import TrainConfig
 
     options.check_outputs([json], [runs])
@@ -69,7 +70,9 @@ def run(
     overrides: dict[str, Any] = dict(options.parse_setting(text) for text in set_ or [])
     given = {key: value for key, value in flags.items() if value is not None}  # or they would hide --set
     settings = load_config(TrainConfig, config, {**overrides, **given})
-    if name is None and config is None and not resume:
+    if resume:
+        settings = load_config(TrainConfig, config_to_resume(runs, settings.name, config), {**overrides, **given})
+    elif name is None and config is None:
         settings = _named(settings, runs)
 
     from train_adv.training.run import train
