@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,13 @@ def test_data_of_another_kind_are_refused_before_anything_is_written(tmp_path):
         with pytest.raises(UsageError, match=said):
             Resident(*given)
     good = Resident(images, labels)
+    for other, said in (
+        (Resident(images[:0], labels[:0]), "mine has no test images"),
+        (Resident(images[:, :1], labels), "training images of 3x8x8 and test images of 1x8x8"),
+        (Resident(images[..., :6], labels), "training images of 3x8x8 and test images of 3x8x6"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            DataSet("mine", ("a", "b"), good, other, Augment())
     for bad in (labels + 1, labels - 1):
         with pytest.raises(UsageError, match=r"test label (2|-1); its 2 classes are 0 to 1"):
             DataSet("mine", ("a", "b"), good, Resident(images, bad), Augment())
@@ -196,7 +204,7 @@ def test_equal_answers_have_an_interval_and_odd_radii_and_batches_are_refused():
     with pytest.raises(UsageError, match="finite"):
         check_epsilon(float("inf"), "L2")
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
-    regularizer = TopologyRegularizer(network, network, layer="1")
+    regularizer = TopologyRegularizer(network, copy.deepcopy(network), layer="1")
     with pytest.raises(UsageError, match="no neighbours"):
         regularizer(torch.rand(1, 1, 2, 2))
 

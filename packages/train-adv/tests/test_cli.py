@@ -21,6 +21,7 @@ import train_adv
 from expkit.checkpoint import load_tensors, read_metadata, save_tensors
 from expkit.cli import main
 from train_adv.cli import VERBS, build
+from train_adv.images import read_images
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = ["--device", "cpu", "--set", "data.limit=200", "--set", "attack.steps=2", "--set", "validation.fraction=0.2"]
@@ -119,6 +120,28 @@ def test_attack_writes_images_inside_the_ball(runs, tmp_path, capsys):
         run("attack", str(runs / "one"), str(out / "test-00000.png"), "--out", str(out / "again"), "--target", "3") == 0
     )
     assert run("attack", str(runs / "one"), "--out", str(out), "--target", "cat") == 2
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(out / "test-00000.png", tmp_path / "mixed" / "a.png")
+    (tmp_path / "mixed" / "b.png").write_bytes(b"no")
+    call = ["attack", str(runs / "one"), str(tmp_path / "mixed"), "--out", str(tmp_path / "skipped")]
+    assert run(*call) == 2 and run(*call, "--corrupt", "skip") == 0
+    assert (tmp_path / "skipped" / "a.png").is_file() and not (tmp_path / "skipped" / "b.png").exists()
+
+
+def test_pictures_are_scaled_to_what_is_no_square_too(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (120, 9, 13, 3), dtype=np.uint8)
+    labels = np.arange(120) % 4
+    np.savez(tmp_path / "wide.npz", x=pixels, y=labels)
+    call = ["--data", f"{tmp_path / 'wide.npz'}#x,y,x,y", "--epochs", "1", "--epsilon", "8/255", "--model", "small-cnn"]
+    assert run("train", *call, *QUICK, "--name", "wide", "--runs", str(tmp_path), "--batch-size", "32") == 0
+    for index in range(3):
+        Image.fromarray(pixels[index]).save(tmp_path / f"{index}.png")
+    Image.fromarray(np.repeat(np.repeat(pixels[0], 2, 0), 2, 1)).save(tmp_path / "twice.png")
+    model = train_adv.load(tmp_path / "wide")
+    _, read = read_images([tmp_path / f"{index}.png" for index in range(3)], model)
+    assert torch.equal((read * 255).round().to(torch.uint8), torch.from_numpy(pixels[:3]).permute(0, 3, 1, 2))
+    assert read_images([tmp_path / "twice.png"], model)[1].shape == (1, 3, 9, 13)
+    assert run("predict", str(tmp_path / "0.png"), "--model", str(tmp_path / "wide")) == 0
 
 
 def test_topology_measures_against_the_runs_own_reference(runs, tmp_path, capsys):
@@ -172,7 +195,7 @@ def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
         (["train", "--set", "topology.temperature=0.0"], "topology.temperature"),
         (["train", "--set", "validation.fraction=1.5"], "validation.fraction"),
         (["train", "--set", "guard.patience=0"], "guard.patience"),
-        (["train", "--host", "n-fgsm", "--set", "attack.norm='L2'"], "Linf only"),
+        (["train", "--host", "n-fgsm", "--set", "attack.norm='L2'", "--epsilon", "1"], "Linf only"),
         (["train", "--data", "EMPTY"], "0 training"),
         (["train", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere does not exist"),
         (["train", "--data", "digits", "--json", "EMPTY"], "EMPTY is a folder"),
@@ -187,6 +210,12 @@ def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
         (["attack", "RUNS/one", "--out", "TEXT/a"], "TEXT is a file"),
         (["topology", "RUNS/one", "--limit", "3"], "too few"),
         (["demo", "--json", "EMPTY"], "EMPTY is a folder"),
+        (["train", "--data", "digits", "--set", "attack.norm='L2'"], "attack.epsilon is needed with norm L2"),
+        (["eval", "RUNS/one", "--norm", "L2"], "give --epsilon with --norm L2"),
+        (["train", "--topology-weight", "1", "--batch-size", "2"], "needs 3 samples"),
+        (["train", "--topology-weight", "1", "--set", "topology.neighbours=1"], "use 2 or more"),
+        (["train", "--topology-ratio", "0.3", "--set", "topology.reference='ema'"], "needs a standard model"),
+        (["attack", "RUNS/one", "TEXT", "--corrupt", "ask"], "use refuse or skip"),
     ],
 )
 def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, monkeypatch, capsys):

@@ -35,11 +35,11 @@ def read_images(
     paths: Sequence[Path], model: Classifier, corrupt: CorruptPolicy = "refuse"
 ) -> tuple[list[Path], Tensor]:
     """The readable images, fp32 (n, channels, height, width) in [0, 1], scaled to what the model was trained on."""
-    channels, height, _ = model.spec.image_shape
+    channels, height, width = model.spec.image_shape
     good, bad, images = [], [], []
     for path in paths:
         try:
-            images.append(decode(path, height, channels))
+            images.append(decode(path, (height, width), channels))
             good.append(path)
         except UNREADABLE:
             bad.append(path)

@@ -11,7 +11,7 @@ from torch import nn
 
 from expkit.errors import UsageError
 from tiny_models import tiny_batch, tiny_net
-from train_adv.attacks.apgd import APGD, apgd_targeted
+from train_adv.attacks.apgd import APGD, apgd_targeted, likely_targets
 from train_adv.attacks.losses import cross_entropy, dlr, targeted_dlr
 from train_adv.attacks.norms import L1, L2, Linf
 from train_adv.attacks.pgd import PGD
@@ -161,3 +161,11 @@ def test_l1_repeats_at_larger_radii_as_published(trained):
     assert float(found.loss.mean()) >= 0.97 * float(value.mean())
     assert float((~found.broken).float().mean()) <= float(accuracy.float().mean()) + 0.05
     assert APGD(epsilon, 2, norm).search(trained, images, images, labels, cross_entropy).loss.isfinite().all()
+
+
+def test_targets_are_the_most_likely_other_classes_in_order():
+    logits = torch.tensor([[0.1, 0.9, 0.5, 0.3, 0.2], [9.0, 1.0, 2.0, 4.0, 3.0]])
+    assert [each.tolist() for each in likely_targets(logits)] == [[2, 3], [3, 4], [4, 2], [0, 1]]
+    assert [each.tolist() for each in likely_targets(logits, 2)] == [[2, 3], [3, 4]]
+    with pytest.raises(UsageError, match="at least 4 classes"):
+        likely_targets(logits[:, :3])

@@ -83,6 +83,10 @@ def test_a_targeted_attack_reaches_its_targets(trained):
     attack = PGD(0.5, 0.05, 30, norm=Linf())
     found = attack(trained, images, labels, losses.targeted_cross_entropy(targets), targets=targets)
     assert accuracy(trained, found, targets) > 0.9
+    torch.manual_seed(0)
+    first = attack(trained, images, labels, losses.targeted_cross_entropy(targets), targets=targets)
+    torch.manual_seed(0)
+    assert torch.equal(first, attack(trained, images, labels, targets=targets))  # the loss that targets want
 
 
 def test_bf16_weights_leave_the_image_arithmetic_in_fp32(trained):

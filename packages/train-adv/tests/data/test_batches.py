@@ -102,6 +102,13 @@ def test_nothing_is_erased_or_drawn_unless_asked():
     assert not torch.equal(augmented(images, Augment(0, False, 1.0), draws), images)
 
 
+def test_the_share_that_is_erased_is_the_one_that_was_asked_for():
+    white = Resident(torch.full((2000, 1, 8, 8), 255, dtype=torch.uint8), torch.arange(2000))
+    given = Batches(white, batch_size=500, seed=1, augment=Augment(0, False, 0.3), device=CPU, world=ALONE)
+    images = torch.cat([batch for batch, _ in given.epoch(0)])
+    assert float((images.amin((1, 2, 3)) == 0).float().mean()) == pytest.approx(0.3, abs=0.04)
+
+
 def test_folders_are_decoded_by_workers_into_the_same_batches(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -22,7 +22,10 @@ ALL = ["standard", "at", "trades", "mart", "lbgat", "fgsm-rs", "n-fgsm"]
 
 
 def classifier(seed: int = 0) -> Classifier:
-    return Classifier(tiny_net(seed=seed), SPEC)
+    net = tiny_net(seed=seed)
+    with torch.no_grad():
+        net[-1].weight.mul_(10)  # sure enough for what a host weighs by probabilities to show
+    return Classifier(net, SPEC)
 
 
 def setting(name: str, beta: float | None = None):
@@ -78,19 +81,39 @@ def test_attacks_stay_in_the_ball(name):
 
 
 def test_n_fgsm_leaves_the_ball_but_not_the_box():
-    _, _, images, adversarial, _ = setting("n-fgsm")
+    host, model, images, adversarial, labels = setting("n-fgsm")
     assert 0.1 < float((adversarial - images).abs().max()) <= 0.3 + 1e-6
     assert adversarial.min() >= 0 and adversarial.max() <= 1
+    grey = torch.full_like(images, 0.5)
+    start = host.start(grey, torch.Generator().manual_seed(0))
+    assert 0.19 < float((start - grey).abs().max()) <= 0.2 and abs(float((start - grey).mean())) < 0.01
+    step = (host.climb(attack_twin(model), start, grey, labels) - start).abs()
+    assert torch.allclose(step[step > 0], torch.tensor(0.1), atol=1e-6)
 
 
-def test_the_attack_of_trades_climbs_the_kl():
-    host, model, images, adversarial, _ = setting("trades")
+def test_fgsm_rs_is_one_step_of_five_quarters_of_epsilon_from_a_random_start():
+    assert make_host("fgsm-rs", ATTACK, None, classifier).attack == PGD(0.1, 0.125, 1, start="random")
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "lbgat"])
+def test_attacks_start_at_a_thousandth_of_normal_noise_as_published(name):
+    host = make_host(name, ATTACK, None, classifier)
+    grey = torch.full((4, 3, 32, 32), 0.5)
+    moved = host.start(grey, torch.Generator().manual_seed(0)) - grey
+    assert float(moved.std()) == pytest.approx(0.001, rel=0.05) and abs(float(moved.mean())) < 1e-4
+    assert float(moved.abs().max()) > 0.0025  # no uniform noise
+
+
+@pytest.mark.parametrize("name", ["trades", "lbgat"])
+def test_the_attack_climbs_the_kl_and_asks_for_no_labels(name):
+    host, model, images, adversarial, labels = setting(name)
     start = host.start(images, torch.Generator().manual_seed(0))
 
     def kl(points: torch.Tensor) -> float:
         return float(F.kl_div(model(points).log_softmax(1), model(images).softmax(1), reduction="batchmean"))
 
     assert kl(adversarial) > 10 * kl(start)
+    assert torch.equal(adversarial, host.climb(attack_twin(model), start, images, (labels + 1) % 4))
 
 
 def test_a_closure_sees_the_weights_as_they_are_when_called():

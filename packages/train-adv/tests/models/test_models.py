@@ -60,6 +60,14 @@ def test_library_models_work_by_name_and_can_be_copied(name):
         assert torch.allclose(logits, model(images), atol=1e-5) and features.ndim == 2
 
 
+@pytest.mark.parametrize("name", ["torchvision/googlenet", "torchvision/squeezenet1_1"])
+def test_networks_with_further_outputs_or_without_a_linear_layer_train(name):
+    pytest.importorskip("torchvision")
+    logits, features = build(spec(name)).train().with_features(torch.rand(2, 3, 64, 64))
+    assert logits.shape == (2, 10) and features.ndim == 2
+    logits.sum().backward()
+
+
 def test_normalisation_is_inside_and_travels(tmp_path):
     torch.manual_seed(0)
     model = build(spec("small-cnn", channels=1, size=8)).eval()

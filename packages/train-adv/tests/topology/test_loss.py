@@ -192,3 +192,13 @@ def test_unknown_settings_are_named():
         TopologyLoss(kernel="euclid")
     with pytest.raises(UsageError, match="forward"):
         TopologyLoss(direction="up")
+
+
+def test_a_single_neighbour_is_nothing_to_compare():
+    features = torch.randn(2, 5)
+    with pytest.raises(UsageError, match="neighbours is 1"):
+        TopologyLoss(neighbours=1)
+    with pytest.raises(UsageError, match="a batch of 2 has one neighbour for each"):
+        TopologyLoss()(features, torch.randn(2, 5))
+    assert float(TopologyLoss(diagonal=True)(features, torch.randn(2, 5))) > 0
+    assert float(TopologyLoss(neighbours=1, diagonal=True)(torch.randn(6, 5), torch.randn(6, 5))) > 0

@@ -134,7 +134,25 @@ def test_a_named_layer_is_pooled_and_a_missing_one_is_named():
     with pytest.raises(UsageError, match='no layer "layer4"; did you mean'):
         FeatureTap(model, "layer4")
     with pytest.raises(UsageError, match="no linear layer"):
-        FeatureTap(nn.Conv2d(3, 3, 3))
+        FeatureTap(nn.Flatten())
+
+
+def test_without_a_linear_layer_the_last_convolutions_input_is_taken():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images, _ = tiny_batch()
+    tap = FeatureTap(model)
+    model(images)
+    assert torch.allclose(tap.take(), model[:2](images).mean((2, 3)))
+
+
+def test_a_model_is_no_reference_of_itself_nor_an_ema_of_its_start_one_to_scale_by():
+    model = tiny_net().eval()  # in train mode its BatchNorm would part the two
+    with pytest.raises(UsageError, match="the model itself"):
+        TopologyRegularizer(model, model)
+    topology = TopologyRegularizer(model, kind="ema")
+    images, labels = tiny_batch(8)
+    with pytest.raises(UsageError, match="give no lambda"):
+        topology.calibrate(nn.functional.cross_entropy(model(images), labels), images, model.parameters(), ratio=0.3)
 
 
 def test_the_model_is_not_swallowed_by_the_regularizer():

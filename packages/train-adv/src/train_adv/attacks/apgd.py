@@ -136,6 +136,21 @@ class APGD:
         return found
 
 
+def likely_targets(logits: Tensor, count: int = 9) -> list[Tensor]:
+    """The targets (batch,) of APGD-T, from logits (batch, classes): the second most likely class first.
+
+    For images that are labelled rightly, as the attacked ones are, these are the other classes.
+
+    Raises:
+        UsageError: fewer than four classes, for which the loss is not defined.
+    """
+    classes = logits.shape[1]
+    if classes < 4:
+        raise UsageError(f"APGD-T needs at least 4 classes, and the model has {classes}; use APGD-CE")
+    ranking = logits.argsort(dim=1)
+    return [ranking[:, -place] for place in range(2, min(count, classes - 1) + 2)]
+
+
 def apgd_targeted(
     attack: APGD,
     model: nn.Module,
@@ -160,18 +175,15 @@ def apgd_targeted(
         found = images.clone()
         with torch.no_grad():
             logits = logits_of(model, images)
-        if logits.shape[1] < 4:
-            raise UsageError(f"APGD-T needs at least 4 classes, and the model has {logits.shape[1]}; use APGD-CE")
         standing = logits.argmax(1) == labels
-        ranking = logits.argsort(dim=1)
-        for place in range(2, min(classes, logits.shape[1] - 1) + 2):
+        for targets in likely_targets(logits, classes):
             for _ in range(attack.restarts):
                 chosen = standing.nonzero().squeeze(1)
                 if len(chosen) == 0:
                     return found
                 start = attack.draw(images[chosen], generator)
-                targets = ranking[chosen, -place]
-                result = attack.search(model, start, images[chosen], labels[chosen], targeted_dlr(targets))
+                aim = targeted_dlr(targets[chosen])
+                result = attack.search(model, start, images[chosen], labels[chosen], aim)
                 hit = chosen[result.broken]
                 found[hit] = result.adversarial[result.broken]
                 standing[hit] = False

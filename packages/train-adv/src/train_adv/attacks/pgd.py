@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from expkit.errors import UsageError
 from train_adv.attacks.gradient import ascend, logits_of
-from train_adv.attacks.losses import AttackLoss, cross_entropy
+from train_adv.attacks.losses import AttackLoss, cross_entropy, targeted_cross_entropy
 from train_adv.attacks.norms import Linf, Norm, check_epsilon, check_images
 from train_adv.modes import eval_mode, frozen_weights
 
@@ -66,7 +66,7 @@ class PGD:
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        loss: AttackLoss = cross_entropy,
+        loss: AttackLoss | None = None,
         *,
         generator: torch.Generator | None = None,
         targets: Tensor | None = None,
@@ -76,12 +76,14 @@ class PGD:
         Args:
             images: (batch, ...) in [0, 1].
             labels: (batch,) true classes.
-            loss: what is climbed.
+            loss: what is climbed; cross-entropy by default, of the targets where there are any.
             generator: of the starts, on the device of the images; the global one otherwise.
             targets: (batch,) classes to reach; a sample counts as broken once the model gives its target.
         """
         check_images(images)
         images = images.detach().float()
+        if loss is None:
+            loss = cross_entropy if targets is None else targeted_cross_entropy(targets)
         with eval_mode(model), frozen_weights(model):
             best = self.climb(model, self.draw(images, generator), images, labels, loss)
             for _ in range(self.restarts - 1):

@@ -19,6 +19,7 @@ def run(
     loss: Annotated[str, typer.Option(help="What is climbed: ce, cw or dlr.")] = "ce",
     target: Annotated[str | None, typer.Option(help="A class to be reached, instead of any other one.")] = None,
     number: Annotated[int, typer.Option("--count", min=1, help="How many test images, where none are given.")] = 8,
+    corrupt: options.Corrupt = "refuse",
     data: options.Data = None,
     data_dir: options.DataDir = None,
     epsilon: options.Epsilon = None,
@@ -45,13 +46,14 @@ def run(
     from train_adv.models.checkpoint import load_model
 
     options.check_outputs([json], [out])
+    policy = options.corrupt_policy(corrupt)
     record = evidence(seed)
     where = resolve_device(device)
     classifier = load_model(model, where)
     names = classifier.spec.class_names
     radius, kind = options.attack_of(epsilon, norm, model)
     if images:
-        paths, pixels = read_images(find_images(images), classifier)
+        paths, pixels = read_images(find_images(images), classifier, policy)
         with torch.no_grad():
             labels = classifier(pixels.to(where)).argmax(1)
     else:

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from train_adv.data.dataset import DataSet
+    from train_adv.data.folder import CorruptPolicy
     from train_adv.training.config import TrainConfig
 
 Data = Annotated[
@@ -25,6 +26,7 @@ Epsilon = Annotated[
 ]
 Norm = Annotated[str | None, typer.Option(help="Linf, L2 or L1; else that of the run.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Corrupt = Annotated[str, typer.Option(help="refuse or skip images that cannot be read.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Limit = Annotated[int, typer.Option(min=0, help="Only the first so many test images; 0 is all.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of every random start.")]
@@ -78,6 +80,15 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key.strip(), value.strip()
 
 
+def corrupt_policy(corrupt: str) -> CorruptPolicy:
+    """What `--corrupt` says; UsageError for anything else."""
+    from expkit.errors import UsageError
+
+    if corrupt not in ("refuse", "skip"):
+        raise UsageError(f"--corrupt is {corrupt!r}; use refuse or skip")
+    return "skip" if corrupt == "skip" else "refuse"
+
+
 def run_config(checkpoint: Path) -> TrainConfig | None:
     """The configuration of the run that a checkpoint (or folder) belongs to, where it lies beside it."""
     from expkit.config import load_config
@@ -107,7 +118,10 @@ def data_of(name: str | None, data_dir: Path | None, checkpoint: Path) -> DataSe
         raise UsageError(f"{checkpoint} lies in no run's folder, so its data are not known; give --data")
     settings = config.data if config is not None else DataConfig()
     if name not in (None, settings.name) or config is None:
-        settings = replace(settings, name=str(name), image_size=spec_of(checkpoint).image_shape[1])
+        _, height, width = spec_of(checkpoint).image_shape
+        if height != width and Path(str(name)).is_dir():
+            raise UsageError(f"{checkpoint} takes images of {width}x{height}, and a folder's are read as squares")
+        settings = replace(settings, name=str(name), image_size=height)
     try:
         return read_data(replace(settings, dir=data_dir if data_dir is not None else settings.dir))
     except UsageError as error:
@@ -139,6 +153,8 @@ def attack_of(epsilon: str | None, norm: str | None, checkpoint: Path) -> tuple[
     require_there(checkpoint)
     config = run_config(checkpoint)
     radius = parse_number(epsilon, "--epsilon")
+    if radius is None and config is not None and norm not in (None, config.attack.norm):
+        raise UsageError(f"the run's epsilon is one of {config.attack.norm}; give --epsilon with --norm {norm}")
     if radius is None:
         radius = config.resolved().attack.epsilon if config is not None else None
     if radius is None:

@@ -14,7 +14,7 @@ def run(
     images: Annotated[list[Path], typer.Argument(help="Image files or folders of images.")],
     model: Annotated[Path, typer.Option(help="A run's folder or a checkpoint.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to show.")] = 3,
-    corrupt: Annotated[str, typer.Option(help="refuse or skip images that cannot be read.")] = "refuse",
+    corrupt: options.Corrupt = "refuse",
     device: options.Device = "auto",
     json: options.Json = None,
 ) -> None:
@@ -23,19 +23,17 @@ def run(
 
     from expkit.checkpoint import write_json
     from expkit.device import resolve_device
-    from expkit.errors import UsageError
     from expkit.rundir import evidence
     from train_adv.images import find_images, read_images
     from train_adv.models.checkpoint import load_model
 
-    if corrupt not in ("refuse", "skip"):
-        raise UsageError(f"--corrupt is {corrupt!r}; use refuse or skip")
+    policy = options.corrupt_policy(corrupt)
     options.check_outputs([json])
     record = evidence()
     where = resolve_device(device)
     classifier = load_model(model, where)
     names = classifier.spec.class_names
-    paths, pixels = read_images(find_images(images), classifier, "skip" if corrupt == "skip" else "refuse")
+    paths, pixels = read_images(find_images(images), classifier, policy)
     with torch.no_grad():
         parts = [classifier(part.to(where)).float().softmax(1).cpu() for part in torch.split(pixels, 256)]
     found = torch.cat(parts).topk(min(top, len(names)), dim=1)

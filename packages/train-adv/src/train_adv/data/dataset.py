@@ -115,7 +115,7 @@ class DataSet:
         augment: what is customary for it.
 
     Raises:
-        UsageError: a label that has no name.
+        UsageError: a label that has no name, a split without images, or splits of other shapes.
     """
 
     name: str
@@ -125,11 +125,18 @@ class DataSet:
     augment: Augment
 
     def __post_init__(self) -> None:
+        shapes = []
         for part, split in (("training", self.train), ("test", self.test)):
-            low, high = (int(each) for each in split.labels.aminmax()) if len(split) else (0, 0)
+            if not len(split):
+                raise UsageError(f"{self.name} has no {part} images")
+            shapes.append("x".join(map(str, split.read(torch.tensor([0])).shape[1:])))
+            low, high = (int(each) for each in split.labels.aminmax())
             if low < 0 or high >= len(self.class_names):
                 wrong, count = low if low < 0 else high, len(self.class_names)
                 raise UsageError(f"{self.name} has the {part} label {wrong}; its {count} classes are 0 to {count - 1}")
+
+        if len(set(shapes)) > 1:
+            raise UsageError(f"{self.name} has training images of {shapes[0]} and test images of {shapes[1]}")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -27,8 +27,11 @@ _HINT = " (a run with data.corrupt = skip leaves them out)"
 UNREADABLE = (OSError, ValueError, SyntaxError, DecompressionBombError)  # Pillow's for what is no image, or cut off
 
 
-def decode(path: Path, size: int, channels: int) -> Tensor:
-    """One image, uint8 (channels, size, size): its shorter side scaled to `size`, then the middle."""
+def decode(path: Path, size: int | tuple[int, int], channels: int) -> Tensor:
+    """One image, uint8 (channels, height, width) for a `size` of both or (one number) a square.
+
+    It is scaled until it covers that, then its middle is cut out.
+    """
     from PIL import Image
 
     with Image.open(path) as opened:
@@ -37,15 +40,15 @@ def decode(path: Path, size: int, channels: int) -> Tensor:
             levels = np.asarray(image).astype(np.float64) / 257
             image = Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
         image = image.convert("RGB" if channels == 3 else "L")
-    width, height = image.size
-    if (width, height) != (size, size):
-        scale = size / min(width, height)
-        wide, high = max(size, round(width * scale)), max(size, round(height * scale))
+    height, width = size if isinstance(size, tuple) else (size, size)
+    if image.size != (width, height):
+        scale = max(width / image.width, height / image.height)
+        wide, high = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         image = image.resize((wide, high), Image.Resampling.BICUBIC)
-        left, top = (wide - size) // 2, (high - size) // 2
-        image = image.crop((left, top, left + size, top + size))
+        left, top = (wide - width) // 2, (high - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     array = np.array(image, dtype=np.uint8)
-    return torch.from_numpy(array.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array.reshape(height, width, channels)).permute(2, 0, 1).contiguous()
 
 
 def decode_all(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from expkit.device import autocast, tf32
 from expkit.errors import UsageError
 from expkit.graphs import Captured
-from train_adv.attacks.apgd import APGD, Result
+from train_adv.attacks.apgd import APGD, Result, likely_targets
 from train_adv.attacks.gradient import logits_of, right
 from train_adv.attacks.losses import cross_entropy, cw_margin, targeted_dlr
 from train_adv.attacks.norms import make_norm
@@ -112,19 +112,14 @@ class Evaluator:
 
     def _apgd_t(self, images: Tensor, labels: Tensor, standing: Tensor, generator: torch.Generator) -> Tensor:
         attack = APGD(self.epsilon, norm=make_norm(self.norm))
-        ranking = torch.cat([self._logits(part) for part in torch.split(images, self.size)]).argsort(1)
-        classes = ranking.shape[1]
-        if classes < 4:
-            raise UsageError(f"APGD-T needs at least 4 classes, and the model has {classes}; use apgd-ce")
+        logits = torch.cat([self._logits(part) for part in torch.split(images, self.size)])
 
         def run(points: Tensor, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
             with self._precision():
                 return _candidates(attack.search(self._fast, points, images, labels, targeted_dlr(targets)))
 
-        for place in range(2, min(9, classes - 1) + 2):
-            standing = self._batched(
-                "apgd-t", run, attack.draw, images, labels, standing, generator, ranking[:, -place]
-            )
+        for targets in likely_targets(logits):
+            standing = self._batched("apgd-t", run, attack.draw, images, labels, standing, generator, targets)
         return standing
 
     def _batched(

@@ -67,7 +67,8 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module | None:
         return None
     if channels != 3:
         raise UsageError(f"torchvision's {name} takes 3 channels, and the images have {channels}; use a timm model")
-    model: nn.Module = models.get_model(name, num_classes=classes)
+    plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = models.get_model(name, num_classes=classes, **plain)
     return model
 
 
@@ -79,5 +80,5 @@ def _near(name: str) -> str:
         known += timm.list_models()
     except ImportError:
         pass
-    found = difflib.get_close_matches(name, known, n=3)
+    found = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3)
     return f"; did you mean {', '.join(found)}?" if found else f"; use one of {', '.join(CIFAR_FORMS)}, or a timm name"

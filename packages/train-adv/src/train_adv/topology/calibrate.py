@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from expkit.distributed import all_reduce_mean
 from expkit.errors import UsageError
 
+_NOTHING = 1e-6  # times the host's gradient: rounding, as of a network that is compared with itself
+
 
 def gradient_norm(loss: Tensor, parameters: Iterable[nn.Parameter], *, keep: bool = False) -> Tensor:
     """L2 norm of the gradient of a scalar loss over all parameters, averaged over processes first.
@@ -29,10 +31,10 @@ def weight_for_ratio(host: float, topology: float, ratio: float) -> float:
     """The lambda at which lambda * |grad L_topo| = ratio * |grad L_host|.
 
     Raises:
-        UsageError: a ratio of 0 or less, or a topology gradient of zero or not a number.
+        UsageError: a ratio of 0 or less, or a topology gradient that is not a number, or nothing beside the host's.
     """
     if ratio <= 0:
         raise UsageError(f"the target ratio of gradient norms is {ratio}; it must be above 0")
-    if not topology > 0 or not host >= 0:
+    if not topology > _NOTHING * host or not host >= 0:
         raise UsageError(f"gradient norms {host:.3g} (host) and {topology:.3g} (topology) give no lambda")
     return ratio * host / topology

@@ -16,7 +16,8 @@ class FeatureTap:
 
     Args:
         model: timm, torchvision or any other module.
-        layer: "auto" taps the input of the classifier (timm's `get_classifier`, else the last linear layer);
+        layer: "auto" taps the input of the classifier (timm's `get_classifier`, else the last linear layer, else the
+            last convolution);
             "logits" the model's output; any other name is that of a submodule, whose output is tapped and averaged
             over space (batch, channels, height, width) or tokens (batch, tokens, dim).
 
@@ -93,15 +94,16 @@ def pooled(output: Any) -> Tensor:
 
 
 def classifier_of(model: nn.Module) -> nn.Module:
-    """The linear layer that gives the logits."""
+    """The linear layer, or else the convolution, that gives the logits."""
     getter: Any = getattr(model, "get_classifier", None)  # timm
     found: Any = getter() if callable(getter) else None
     if isinstance(found, nn.Module) and not isinstance(found, nn.Identity):
         return found
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not linear:
-        raise UsageError(f"{type(model).__name__} has no linear layer to take features from; name a feature layer")
-    return linear[-1]
+    for kind in (nn.Linear, nn.Conv2d):  # a network without a linear layer has a convolution in its place
+        found = [module for module in model.modules() if isinstance(module, kind)]
+        if found:
+            return found[-1]  # type: ignore[no-any-return]
+    raise UsageError(f"{type(model).__name__} has no linear layer to take features from; name a feature layer")
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:

@@ -31,7 +31,8 @@ class TopologyLoss(nn.Module):
         perplexity: of gaussian; lowered where a row has too few neighbours.
         diagonal: count a sample as its own neighbour.
         direction: "forward" KL(p|q), "reverse" KL(q|p) or "jensen-shannon".
-        neighbours: only the so many nearest by the reference; 0 is all.
+        neighbours: only the so many nearest by the reference; 0 is all; one alone, without the diagonal, has nothing to
+            be compared with.
         reduction: "row" mean over i of the sum over j; "mean" also over j (PKT's scale: divide by the columns);
             "sum" (with `gather` such that the processes' mean is the sum over all); "none" gives (batch,).
         gather: neighbours are the samples of all processes, not only of this one.
@@ -62,6 +63,8 @@ class TopologyLoss(nn.Module):
                 f"temperature {temperature}, perplexity {perplexity}, neighbours {neighbours}: "
                 "needed above 0, at least 1, and 0 or more"
             )
+        if neighbours == 1 and not diagonal:
+            raise UsageError("neighbours is 1; use 2 or more: a sample's one neighbour has all of its probability")
         self.kernel, self.temperature, self.perplexity = kernel, temperature, perplexity
         self.diagonal, self.direction, self.neighbours = diagonal, direction, neighbours
         self.reduction, self.gather = reduction, gather
@@ -77,13 +80,14 @@ class TopologyLoss(nn.Module):
             A scalar, or (batch,) without reduction.
 
         Raises:
-            UsageError: other shapes, or fewer than two samples: there are no neighbours.
+            UsageError: other shapes, or (over all processes) fewer than three samples, with the diagonal two.
         """
         with torch.autocast(features.device.type, enabled=False):
             own, other = features.float(), reference.detach().float()
             check_features(own, other)
             all_own, start = gather_with_gradient(own) if self.gather else (own, 0)
             all_other, _ = gather_with_gradient(other) if self.gather else (other, 0)
+            require_neighbours(len(all_own), 2 if self.diagonal else 3)
             mask = self._neighbours(other, all_other, start)
             log_p = log_probabilities(self._scores(other, all_other, mask), mask)
             log_q = log_probabilities(self._scores(own, all_own, mask), mask)
@@ -141,7 +145,8 @@ def check_features(features: Tensor, reference: Tensor) -> None:
     require_neighbours(len(features))
 
 
-def require_neighbours(count: int) -> None:
-    """Raise UsageError for so few samples that none has a neighbour."""
-    if count < 2:
-        raise UsageError("a batch of 1 has no neighbours; the topology loss needs at least 2 samples")
+def require_neighbours(count: int, least: int = 2) -> None:
+    """Raise UsageError for so few samples that there are no neighbours to compare."""
+    if count < least:
+        what = "no neighbours" if count < 2 else "one neighbour for each, which has all of its probability"
+        raise UsageError(f"a batch of {count} has {what}; the topology loss needs at least {least} samples")

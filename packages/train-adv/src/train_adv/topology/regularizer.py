@@ -75,6 +75,8 @@ class TopologyRegularizer(nn.Module):
             if kind != "ema":
                 raise UsageError(f'a reference of kind "{kind}" needs a standard model')
             reference = deepcopy(model)
+        if reference is model:
+            raise UsageError("the reference is the model itself; it is to be a standard model, which is left as it is")
         self.loss = loss if loss is not None else TopologyLoss()
         self.reference = reference
         if kind == "co-trained":

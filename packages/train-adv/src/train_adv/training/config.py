@@ -61,7 +61,7 @@ class AttackConfig:
 
     Attributes:
         norm: Linf, L2 or L1.
-        epsilon: radius for images in [0, 1]; left out: 8/255 (digits: 0.2).
+        epsilon: radius for images in [0, 1]; left out, for Linf alone: 8/255 (digits: 0.2).
         step_size: left out: a quarter of epsilon (2/255 for 8/255).
         steps: gradient steps.
     """
@@ -74,6 +74,7 @@ class AttackConfig:
     def __post_init__(self) -> None:
         if self.epsilon is not None:
             check_epsilon(self.epsilon, self.norm)
+        _require(self.epsilon is not None or self.norm == "Linf", f"attack.epsilon is needed with norm {self.norm}")
         if self.step_size is not None:
             _require(0 <= self.step_size < inf, f"attack.step_size is {self.step_size}; it must be 0 or more")
         _require(self.steps >= 1, f"attack.steps is {self.steps}; it must be 1 or more")
@@ -128,7 +129,11 @@ class TopologyConfig:
         _require(0 <= self.decay <= 1, f"topology.decay is {self.decay}; it must be in [0, 1]")
         _require(not (self.metrics and self.reference == "ema"), "topology.metrics need a standard model; ema has none")
         _require(not (self.weight and self.ratio), "give topology.weight or topology.ratio, not both")
+        started = "an ema starts as the network itself, with no distance to measure"
+        _require(not (self.ratio and self.reference == "ema"), f"topology.ratio needs a standard model; {started}")
         _require(self.reduction != "none", 'topology.reduction "none" gives no loss')
+        alone = "a sample's one neighbour has all of its probability"
+        _require(self.neighbours != 1 or self.diagonal, f"topology.neighbours is 1; use 2 or more: {alone}")
 
     @property
     def active(self) -> bool:
@@ -309,6 +314,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1 and self.log_every >= 1, "epochs and log_every must be 1 or more")
         _require(self.batch_size >= 2, f"batch_size is {self.batch_size}; a batch of 1 has no neighbours")
+        compared = self.batch_size > 2 or self.topology.diagonal or not self.topology.active
+        _require(compared, "batch_size is 2; TRAIN compares each sample's neighbours and needs 3 samples or more")
         _require(0 <= self.seed < 2**63, f"seed is {self.seed}; it must be 0 or more, below 2**63")
         _require(self.checkpoint_every >= 0, f"checkpoint_every is {self.checkpoint_every}; it must be 0 or more")
         _require(self.beta is None or 0 <= self.beta < inf, f"beta is {self.beta}; it must be 0 or more")
