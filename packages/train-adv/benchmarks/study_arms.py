@@ -114,7 +114,6 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     aa = ("autoattack",)
     rare = {"validation.every": 2}
     cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
-    erase = {"data.erase": 0.5}
     return {
         "speed": [
             Arm(f"speed-{host}{'+train' if weight else ''}-{size}", _speed(host, weight, size), attacks=())
@@ -185,14 +184,9 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
             Arm("long-trades+train", {"host": "trades", **trades_.train, **rare}, LONG, final=aa),
         ],
         "multistep": [
-            Arm("multistep-at", {"host": "at", **at_.alone, **cut}, LONG, final=aa),
-            Arm(f"multistep-at+train{careful_.suffix}", {"host": "at", **careful_.train, **cut}, LONG, final=aa),
-            Arm("multistep-at-awp", {"host": "at", "awp.gamma": 0.01, **at_.alone, **cut}, LONG, final=aa),
-            Arm(f"multistep-at-awp+train{careful_.suffix}",
-                {"host": "at", "awp.gamma": 0.01, **careful_.train, **cut}, LONG, final=aa),
-            Arm("multistep-at-erase", {"host": "at", **at_.alone, **cut, **erase}, LONG, final=aa),
-            Arm(f"multistep-at-erase+train{careful_.suffix}",
-                {"host": "at", **careful_.train, **cut, **erase}, LONG, final=aa),
+            Arm(f"multistep-at{name}", {"host": "at", **more, **settings, **cut}, LONG, final=aa)
+            for kind, more in (("", {}), ("-awp", {"awp.gamma": 0.01}), ("-erase", {"data.erase": 0.5}))
+            for name, settings in ((kind, at_.alone), (f"{kind}+train{careful_.suffix}", careful_.train))
         ],
         "edges": [
             replace(arm, name=arm.name.replace("tune", "edge"))

@@ -38,6 +38,7 @@ from pden.training.gate import DomainReport, collapse_warning, two_draws
 from pden.training.gatekeeper import Gatekeeper
 from pden.training.learner import Learner
 from pden.training.objectives import Expansion
+from pden.training.require import require_fit
 from pden.training.steps import Steps, uses_graphs
 from pden.training.stream import Stream
 from pden.training.views import draw_views
@@ -79,7 +80,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         world: World = ALONE,
     ) -> None:
-        _require_fit(config, source, validation, world)
+        require_fit(config, source, validation, world)
         self.config, self.device, self.dtype, self.world = config, device, dtype, world
         self.source, self.validation = source.to(device), validation.to(device)
         self.size = min(source.images.shape[-2:])
@@ -390,27 +391,3 @@ class Trainer:
     def skip_time(self) -> None:
         """Leave the time since the last `tick` out: it went into reports, not into training."""
         self._mark = time.perf_counter()
-
-
-def _require_fit(config: TrainConfig, source: Domain, validation: Domain, world: World) -> None:
-    if len(source.present) < 2:
-        raise UsageError(f"{source.name}: all images have one class; a classifier needs at least 2")
-    if source.classes != validation.classes or source.images.shape[1:] != validation.images.shape[1:]:
-        raise UsageError(
-            f"validation {validation.name} ({len(validation.classes)} classes, {tuple(validation.images.shape[1:])}) "
-            f"does not fit the source {source.name} ({len(source.classes)}, {tuple(source.images.shape[1:])})"
-        )
-    if source.dense != config.model.name.startswith("fcn-"):
-        need = "fcn-resnet50 or fcn-small" if source.dense else "a model for classification"
-        raise UsageError(f"{source.name} has one label for each {'pixel' if source.dense else 'image'}; use {need}")
-    height, width = source.images.shape[-2:]
-    if config.model.name == "digits" and height != width:
-        raise UsageError(f"{source.name}: images of {height}x{width}; model digits takes square ones, wrn-16-4 any")
-    if source.dense and config.method not in ("pden", "erm"):
-        raise UsageError(f"method {config.method} is for classification; segmentation has pden and erm")
-    if source.dense and set(config.generator.kinds) != {"photometric"}:
-        raise UsageError('segmentation needs generator.kinds = ["photometric"]: the others would move the labels')
-    for key, size in (("batch", config.batch), ("pretrain_batch", config.pretrain_batch)):
-        if size % world.size or size // world.size < 2:
-            need = f"it must be {2 * world.size} or another multiple of {world.size}"
-            raise UsageError(f"{key} is {size} on {world.size} processes; {need}")
