@@ -43,10 +43,10 @@ def load_domain(text: str, home: Home, *, size: int = 32, channels: int = 3) -> 
     """
     name, spec = parse_target(text)
     found = _load(spec, name, home, size, channels).fitted(size, channels)
-    if spec.startswith("cifar10-c") and name == spec:
-        return found  # called as the literature calls it
-    recomputed = spec.startswith("cifar10-c-recomputed")
-    return replace(found, name=f"{cifar.RECOMPUTED} {name}" if recomputed else name)
+    if spec == text:
+        return found  # called as its loader calls it
+    mark = f"{cifar.RECOMPUTED} " if found.name.startswith(cifar.RECOMPUTED) else ""  # which no name hides
+    return replace(found, name=mark + name)
 
 
 def _load(spec: str, name: str, home: Home, size: int, channels: int) -> Domain:

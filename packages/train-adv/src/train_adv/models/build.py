@@ -67,6 +67,7 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module | None:
         return None
     if channels != 3:
         raise UsageError(f"torchvision's {name} takes 3 channels, and the images have {channels}; use a timm model")
+    # Logits alone, also in train mode; the second key is the default, which they warn of where it is not said.
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(name, num_classes=classes, **plain)
     return model

@@ -149,4 +149,4 @@ def require_neighbours(count: int, least: int = 2) -> None:
     """Raise UsageError for so few samples that there are no neighbours to compare."""
     if count < least:
         what = "no neighbours" if count < 2 else "one neighbour for each, which has all of its probability"
-        raise UsageError(f"a batch of {count} has {what}; the topology loss needs at least {least} samples")
+        raise UsageError(f"a batch of {count} has {what}; the topology loss needs more samples")
