@@ -21,8 +21,8 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
-    multistep   the same with the rate cut at a half and three quarters: AT, with AWP, with random erasing, each alone
-                and + TRAIN (as in `careful`)
+    multistep   the same with the rate cut at a half and three quarters: AT, with AWP (0.01 and 0.005), with random
+                erasing, each alone and + TRAIN (as in `careful`)
     edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
 No setting is chosen on test images (that `inputs` was swept at all is owed to some of them). The sweeps (`rate` to

@@ -113,6 +113,7 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     at_, trades_, careful_ = (replace(each, rate=LONG_RATE) for each in (at, trades, careful))  # of the long runs
     aa = ("autoattack",)
     rare = {"validation.every": 2}
+    beyond = {"": {}, "-awp": {"awp.gamma": 0.01}, "-awp-0.005": {"awp.gamma": 0.005}, "-erase": {"data.erase": 0.5}}
     cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
     return {
         "speed": [
@@ -185,7 +186,7 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
         ],
         "multistep": [
             Arm(f"multistep-at{name}", {"host": "at", **more, **settings, **cut}, LONG, final=aa)
-            for kind, more in (("", {}), ("-awp", {"awp.gamma": 0.01}), ("-erase", {"data.erase": 0.5}))
+            for kind, more in beyond.items()
             for name, settings in ((kind, at_.alone), (f"{kind}+train{careful_.suffix}", careful_.train))
         ],
         "edges": [
