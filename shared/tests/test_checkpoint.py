@@ -47,6 +47,22 @@ def test_an_error_in_the_block_leaves_the_old_file_and_nothing_else(tmp_path: Pa
     assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
+def test_what_a_link_leads_to_is_replaced_and_not_the_link(tmp_path: Path) -> None:
+    write_text(tmp_path / "there" / "a.txt", "old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "there" / "a.txt")
+    write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "there" / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["link.txt", "there"] and names(tmp_path / "there") == ["a.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_or_a_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="pipe is no plain file"):
+        write_text(tmp_path / "pipe", "new")
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
+
+
 def test_a_whole_folder_replaces_an_older_one(tmp_path: Path) -> None:
     for text in ("old", "new"):
         with atomic_path(tmp_path / "folder") as temporary:

@@ -210,6 +210,7 @@ def test_demo_has_the_promised_figures(tmp_path, monkeypatch, capsys):
         (["attack", "RUNS/one", "--out", "TEXT/a"], "TEXT is a file"),
         (["topology", "RUNS/one", "--limit", "3"], "too few"),
         (["demo", "--json", "EMPTY"], "EMPTY is a folder"),
+        (["demo", "--json", "PIPE"], "PIPE is no plain file"),
         (["train", "--data", "digits", "--set", "attack.norm='L2'"], "attack.epsilon is needed with norm L2"),
         (["eval", "RUNS/one", "--norm", "L2"], "give --epsilon with --norm L2"),
         (["train", "--topology-weight", "1", "--batch-size", "2"], "needs 3 samples"),
@@ -227,7 +228,8 @@ def test_wrong_use_is_one_line_and_exit_code_2(arguments, said, runs, tmp_path, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("no model, no image")
     put = {"RUNS": str(runs), "FOLDER": str(tmp_path / "images"), "EMPTY": str(tmp_path / "empty")}
-    put["TEXT"] = str(tmp_path / "text.txt")
+    put |= {"TEXT": str(tmp_path / "text.txt"), "PIPE": str(tmp_path / "pipe")}
+    os.mkfifo(put["PIPE"])
     (tmp_path / "damaged.safetensors").write_text("no model")
     put["DAMAGED"] = str(tmp_path / "damaged.safetensors")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from expkit.errors import UsageError
 
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 _PLAIN = (type(None), bool, int, float, str, bytes, Tensor, torch.dtype, torch.device)
 
 
@@ -39,12 +40,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what the block wrote there (a file or a folder) becomes `path`.
 
     The temporary name keeps the suffix. If the block raises, the temporary is removed and `path` stays as it
-    was.
+    was. Of a link it is what the link leads to that is replaced.
 
     Raises:
-        Unwritable: there is no space, or no right to write there.
+        Unwritable: there is no space, no right to write there, or a device or pipe, which must not be replaced.
     """
     path = Path(path)
+    require_replaceable(path)
+    path = path.resolve() if path.is_symlink() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,9 +72,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def require_replaceable(path: Path) -> None:
+    """Unwritable where a device, a pipe or a socket has the name of a file that is to be written."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise Unwritable(f"{path} is no plain file; name one")
+
+
 def _unwritable(error: BaseException) -> str | None:
     """Why the disk takes nothing, where that is what an error says."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
         return os.strerror(error.errno)
     if isinstance(error, SafetensorError) and "os error" in str(error):  # it keeps the system's words alone
         return str(error)

@@ -35,11 +35,14 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 
 def check_outputs(files: Sequence[Path | None] = (), folders: Sequence[Path | None] = ()) -> None:
     """UsageError for an output that could not be written at the end: a folder where a file is to be, or so."""
+    from expkit.checkpoint import require_replaceable
     from expkit.errors import UsageError
 
     for path in files:
         if path is not None and path.is_dir():
             raise UsageError(f"{path} is a folder; name a file to be written")
+        if path is not None:
+            require_replaceable(path)
     for path in [*(each.parent for each in files if each is not None), *(each for each in folders if each is not None)]:
         there = next(each for each in (path, *path.absolute().parents) if each.exists())
         if not there.is_dir():
