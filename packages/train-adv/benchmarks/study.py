@@ -21,15 +21,15 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
     epsilons    AT at training epsilons 0, 2, 4, 8 /255, 15 epochs, topology metrics of each epoch
     everything  AWP + TRAIN + EMA, 100 epochs at the rate of `long`, AT and TRADES
     long        100 epochs at rate 0.1, as 15 favour large rates; --only one pair
-    multistep   the same with the rate cut at a half and three quarters: AT, with AWP (0.01 and 0.005), with random
-                erasing, each alone and + TRAIN (as in `careful`)
+    multistep   the same with the rate cut at a half and three quarters: AT, with AWP (0.01; 0.005 after ten epochs),
+                with random erasing, each alone and + TRAIN (as in `careful`)
     edges       settings beyond the sweeps' edges, and AT without averaging: looked at, never chosen
 
-No setting is chosen on test images (that `inputs` was swept at all is owed to some of them). The sweeps (`rate` to
-`inputs`, and `edges`) train without a tenth of the training images, the same 5,000 for every arm, fixed by a seed of
-its own and stratified, and are judged on these alone; so is their standard model. The other parts take rate, beta and
-TRAIN's settings by the rules of `study_report.choose` from those figures (`--at`, `--trades` override them), are
-trained on all training images but their 2 % for validation, and are judged on the test images.
+No setting is chosen on test images (that `inputs` was swept and that there is `careful` is owed to some of them). The
+sweeps (`rate` to `inputs`, and `edges`) train without a tenth of the training images, the same 5,000 for every arm,
+fixed by a seed of its own and stratified, and are judged on these alone; so is their standard model. The other parts
+take rate, beta and TRAIN's settings by the rules of `study_report.choose` from those figures (`--at`, `--trades`
+override them), are trained on all training images but their 2 % for validation, and are judged on the test images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
 (WORK/lease.json). A call that was cut off is simply repeated: arms go on from their last epoch, evaluations from their

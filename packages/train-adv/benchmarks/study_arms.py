@@ -113,7 +113,8 @@ def parts(at: Choice, trades: Choice, customary: Choice, careful: Choice) -> dic
     at_, trades_, careful_ = (replace(each, rate=LONG_RATE) for each in (at, trades, careful))  # of the long runs
     aa = ("autoattack",)
     rare = {"validation.every": 2}
-    beyond = {"": {}, "-awp": {"awp.gamma": 0.01}, "-awp-0.005": {"awp.gamma": 0.005}, "-erase": {"data.erase": 0.5}}
+    weaker = {"awp.gamma": 0.005, "awp.warmup": 10}
+    beyond = {"": {}, "-awp": {"awp.gamma": 0.01}, "-awp-0.005": weaker, "-erase": {"data.erase": 0.5}}
     cut = {"optimizer.schedule": "multistep", "optimizer.milestones": [0.5, 0.75], **rare}
     return {
         "speed": [

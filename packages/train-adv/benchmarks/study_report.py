@@ -155,7 +155,7 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
         setting = weight or (_beta(each) if host == "trades" else 0.0)
         series.setdefault(key, []).append((setting, figure(each, "natural"), figure(each, "apgd")))
     betas = sorted({beta for host, beta, kernel, _ in series if host == "trades" and kernel})
-    drawing, panels = pyplot().subplots(1, 2, figsize=(12, 5.5), sharex=True, sharey=True)
+    drawing, panels = pyplot().subplots(1, 2, figsize=(12, 7.5), sharex=True, sharey=True)
     for host, axes in zip(HOSTS, panels, strict=True):
         for (own, beta, kernel, inputs), points in sorted(series.items()):
             if own != host and (own, kernel) != ("trades", ""):
@@ -177,7 +177,7 @@ def plot_frontier(results: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title({"at": "AT + TRAIN, by lambda", "trades": "TRADES (beta) + TRAIN, by lambda"}[host], fontsize=10)
         axes.set_xlabel("natural accuracy (%)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     panels[0].set_ylabel("APGD-CE + T accuracy (%)")
     drawing.tight_layout()
     save(drawing, path)
@@ -209,16 +209,22 @@ def plot_topology(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_long(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy on the validation images over the epochs of the arms of 100 epochs; a point at the best checkpoint."""
+    """Accuracy on the validation images over the epochs of the arms of 100 epochs; a point at the best checkpoint.
+
+    An arm and the same one with TRAIN share a colour.
+    """
     arms = [each for each in results if each["arm"].startswith((*LONG, "everything-")) and each.get("epochs")]
+    hosts = sorted({_spelled(each["arm"]).split(" + TRAIN")[0] for each in arms})
     drawing, panels = pyplot().subplots(1, 2, figsize=(12, 4.5))
     for axes, key, title in zip(panels, ("val_natural", "val_pgd"), ("natural", "PGD-10"), strict=True):
         for each in arms:
             seen = [epoch for epoch in each["epochs"] if key in epoch]
             best = each["training"]["best"]["epoch"]
             xs, ys = [epoch["epoch"] for epoch in seen], [100 * epoch[key] for epoch in seen]
-            (drawn,) = axes.plot(xs, ys, label=each["arm"])
-            axes.plot([best], [ys[xs.index(best)]], "o", color=drawn.get_color())
+            name = _spelled(each["arm"])
+            color, line = f"C{hosts.index(name.split(' + TRAIN')[0])}", "--" if "TRAIN" in name else "-"
+            axes.plot(xs, ys, line, color=color, label=name)
+            axes.plot([best], [ys[xs.index(best)]], "o", color=color)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{title} accuracy, validation images (%)")
         axes.set_ylim(bottom=30)
@@ -226,6 +232,18 @@ def plot_long(results: Sequence[dict[str, Any]], path: Path) -> None:
     panels[1].legend(fontsize=8, loc="lower right")
     drawing.tight_layout()
     save(drawing, path)
+
+
+def _spelled(arm: str) -> str:
+    """An arm of 100 epochs as RESULTS.md has it: "multistep-at-awp+train-both" is "AT in steps, AWP + TRAIN (both)"."""
+    host, _, train = arm.partition("+")
+    everything, host = host.startswith("everything-"), host.removeprefix("everything-")
+    steps, host = host.startswith("multistep-"), host.removeprefix("multistep-").removeprefix("long-")
+    name, _, more = host.partition("-")
+    extra = "AWP" if everything else more.replace("awp", "AWP").replace("erase", "erasing")
+    said = name.upper() + (" in steps" if steps else "") + (f", {extra}" if extra else "")
+    _, _, inputs = train.partition("-")
+    return said + (" + TRAIN" if train or everything else "") + (f" ({inputs})" if inputs else "")
 
 
 def line(found: dict[str, Any]) -> str:
