@@ -28,7 +28,7 @@ Parts (all of them where none is named; `plan` prints the leases that are left, 
 No setting is chosen on test images (that `inputs` was swept and that there is `careful` is owed to some of them). The
 sweeps (`rate` to `inputs`, and `edges`) train without a tenth of the training images, the same 5,000 for every arm,
 fixed by a seed of its own and stratified, and are judged on these alone; so is their standard model. The other parts
-take rate, beta and TRAIN's settings by the rules of `study_report.choose` from those figures (`--at`, `--trades`
+take rate, beta and TRAIN's settings by the rules of `study_results.choose` from those figures (`--at`, `--trades`
 override them), are trained on all training images but their 2 % for validation, and are judged on the test images.
 
 `run` starts no arm that would not end within --minutes of the lease, which begins with the first `run` on a machine
@@ -83,7 +83,18 @@ from study_arms import (
 )
 from study_arms import standard as standard_arm
 from study_gpus import end_with_parent, run_on
-from study_report import LONG, choose, line, pack, plot_frontier, plot_long, plot_topology, publishable, report, restore
+from study_results import (
+    LONG,
+    choose,
+    line,
+    pack,
+    plot_frontier,
+    plot_long,
+    plot_topology,
+    publishable,
+    report,
+    restore,
+)
 
 from expkit.checkpoint import load_tensors, write_json
 from expkit.config import flatten, load_config

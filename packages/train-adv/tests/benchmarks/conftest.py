@@ -14,9 +14,9 @@ def modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import study
     import study_arms
-    import study_report
+    import study_results
 
-    return study, study_arms, study_report
+    return study, study_arms, study_results
 
 
 @pytest.fixture

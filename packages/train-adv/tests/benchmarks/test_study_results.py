@@ -44,7 +44,7 @@ def test_a_seed_that_failed_takes_no_other_out_of_the_differences(modules):
 
 def answered(arm: str, seed: int, **answers: torch.Tensor) -> dict:
     """An arm with answers to one attack by checkpoint, and no other figures."""
-    packed = {which: {"apgd": sys.modules["study_report"].pack(right)} for which, right in answers.items()}
+    packed = {which: {"apgd": sys.modules["study_results"].pack(right)} for which, right in answers.items()}
     base = {"evaluation": {}, "config": {}, "complete": True}
     return {**base, "arm": arm, "training": {"seed": seed}, "answers": packed}
 
