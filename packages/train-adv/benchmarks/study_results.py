@@ -214,16 +214,16 @@ def plot_long(results: Sequence[dict[str, Any]], path: Path) -> None:
     An arm and the same one with TRAIN share a colour.
     """
     arms = [each for each in results if each["arm"].startswith((*LONG, "everything-")) and each.get("epochs")]
-    hosts = sorted({_spelled(each["arm"]).split(" + TRAIN")[0] for each in arms})
+    hosts = sorted({_spelled(each["config"])[0] for each in arms})
     drawing, panels = pyplot().subplots(1, 2, figsize=(12, 4.5))
     for axes, key, title in zip(panels, ("val_natural", "val_pgd"), ("natural", "PGD-10"), strict=True):
         for each in arms:
             seen = [epoch for epoch in each["epochs"] if key in epoch]
             best = each["training"]["best"]["epoch"]
             xs, ys = [epoch["epoch"] for epoch in seen], [100 * epoch[key] for epoch in seen]
-            name = _spelled(each["arm"])
-            color, line = f"C{hosts.index(name.split(' + TRAIN')[0])}", "--" if "TRAIN" in name else "-"
-            axes.plot(xs, ys, line, color=color, label=name)
+            host, train = _spelled(each["config"])
+            color = f"C{hosts.index(host)}"
+            axes.plot(xs, ys, "--" if train else "-", color=color, label=host + train)
             axes.plot([best], [ys[xs.index(best)]], "o", color=color)
         axes.set_xlabel("epoch")
         axes.set_ylabel(f"{title} accuracy, validation images (%)")
@@ -234,16 +234,12 @@ def plot_long(results: Sequence[dict[str, Any]], path: Path) -> None:
     save(drawing, path)
 
 
-def _spelled(arm: str) -> str:
-    """An arm of 100 epochs as RESULTS.md has it: "multistep-at-awp+train-both" is "AT in steps, AWP + TRAIN (both)"."""
-    host, _, train = arm.partition("+")
-    everything, host = host.startswith("everything-"), host.removeprefix("everything-")
-    steps, host = host.startswith("multistep-"), host.removeprefix("multistep-").removeprefix("long-")
-    name, _, more = host.partition("-")
-    extra = "AWP" if everything else more.replace("awp", "AWP").replace("erase", "erasing")
-    said = name.upper() + (" in steps" if steps else "") + (f", {extra}" if extra else "")
-    _, _, inputs = train.partition("-")
-    return said + (" + TRAIN" if train or everything else "") + (f" ({inputs})" if inputs else "")
+def _spelled(config: dict[str, Any]) -> tuple[str, str]:
+    """An arm of 100 epochs as RESULTS.md has it: ("AT in steps, erasing", " + TRAIN (both)"); without TRAIN, ""."""
+    host = config["host"].upper() + (" in steps" if config["optimizer.schedule"] == "multistep" else "")
+    host += f", AWP {config['awp.gamma']:g}" if config["awp.gamma"] else ""
+    host += ", erasing" if config.get("data.erase") else ""  # arms from before there was erasing have no such key
+    return host, f" + TRAIN ({config['topology.inputs']})" if config["topology.weight"] else ""
 
 
 def line(found: dict[str, Any]) -> str:

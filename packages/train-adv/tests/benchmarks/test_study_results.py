@@ -138,8 +138,12 @@ def test_long_arms_are_drawn_and_both_their_checkpoints_meet_autoattack(modules,
     assert not any(arm.final_of_both for arm in start["main"])
     assert all(arm.settings["optimizer.milestones"] == [0.5, 0.75] for arm in start["multistep"])
     epochs = [{"epoch": each, "val_natural": 0.1 * each, "val_pgd": 0.05 * each} for each in (2, 4, 6)]
+    config = {"host": "at", "optimizer.schedule": "multistep", "awp.gamma": 0.005, "topology.weight": 0.0}
+    beside = {**config, "awp.gamma": 0.0, "data.erase": 0.5, "topology.weight": 100.0, "topology.inputs": "both"}
+    assert report._spelled(config) == ("AT in steps, AWP 0.005", "")
+    assert report._spelled(beside) == ("AT in steps, erasing", " + TRAIN (both)")
     arm = {"arm": "multistep-at", "epochs": [{"epoch": 1}, *epochs], "training": {"best": {"epoch": 4}}}
-    report.plot_long([arm], tmp_path / "long.png")
+    report.plot_long([{**arm, "config": config}, {**arm, "config": beside}], tmp_path / "long.png")
     assert (tmp_path / "long.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -45,8 +45,7 @@ class Geometric(Generator):
         # Near zero, not zero: two draws that are equal have no gradient that could part them. With ten values of noise
         # each of the six numbers has a deviation of 0.16: nine degrees, or two and a half pixels of 32.
         nn.init.normal_(self.affine.weight, std=0.02)
-        if noise:
-            nn.init.normal_(self.affine.weight[:, 2 * width :], std=0.05)
+        nn.init.normal_(self.affine.weight[:, 2 * width :], std=0.05)
         nn.init.zeros_(self.affine.bias)
         self.register_buffer("identity", torch.tensor([1.0, 0, 0, 0, 1, 0]), persistent=False)
 
