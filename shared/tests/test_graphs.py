@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,26 @@ def test_recordings_share_no_workspace_and_leave_none_behind() -> None:
     held()
     first = held()
     assert all(held() <= first for _ in range(6))
+
+
+@pytest.mark.gpu
+def test_recordings_of_one_pool_share_their_memory() -> None:
+    x = torch.randn(1 << 20, device=CUDA)
+
+    def held(pool: Any) -> int:
+        before = torch.cuda.memory_reserved()
+        runs = [Captured(lambda x, n=n: (x.sin() + n).cos().sum(), True, pool=pool) for n in range(4)]
+        for _ in range(2):
+            for n, run in enumerate(runs):
+                torch.testing.assert_close(run(x), (x.sin() + n).cos().sum())
+        found = torch.cuda.memory_reserved() - before
+        del runs, run
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return found
+
+    held(None)
+    assert held(torch.cuda.graph_pool_handle()) < held(None)
 
 
 @pytest.mark.gpu(2)

@@ -26,10 +26,14 @@ class Captured:
         function: what to record.
         enabled: without it every call is a plain one.
         modules: whose running statistics the function moves: the trial runs before the recording leave them alone.
+        pool: of memory, from `torch.cuda.graph_pool_handle()`, to share with other recordings that never run at the
+            same time. What a call returns is then valid until the next call of any of them.
     """
 
-    def __init__(self, function: Callable[..., Any], enabled: bool, modules: Sequence[nn.Module] = ()) -> None:
-        self.function, self.enabled, self.modules = function, enabled, modules
+    def __init__(
+        self, function: Callable[..., Any], enabled: bool, modules: Sequence[nn.Module] = (), pool: Any = None
+    ) -> None:
+        self.function, self.enabled, self.modules, self.pool = function, enabled, modules, pool
         self._graphs: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Graph] = {}
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -37,7 +41,7 @@ class Captured:
             return self.function(*inputs)
         key = tuple((each.shape, each.dtype) for each in inputs)
         if key not in self._graphs:
-            self._graphs[key] = _record(self.function, inputs, self.modules)
+            self._graphs[key] = _record(self.function, inputs, self.modules, self.pool)
         return self._graphs[key].replay(inputs)
 
 
@@ -55,7 +59,9 @@ class _Graph(NamedTuple):
         return self.output
 
 
-def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...], modules: Sequence[nn.Module]) -> _Graph:
+def _record(
+    function: Callable[..., Any], inputs: tuple[Tensor, ...], modules: Sequence[nn.Module], pool: Any
+) -> _Graph:
     """The first runs, on a side stream, compile and choose kernels, which may not happen while recording.
 
     They leave statistics and random numbers as they found them, or a resumed run, which records anew, would differ.
@@ -73,7 +79,7 @@ def _record(function: Callable[..., Any], inputs: tuple[Tensor, ...], modules: S
         graph = torch.cuda.CUDAGraph()
         with _alone(device):
             # What other threads (a loader that pins memory, a progress bar) ask of CUDA meanwhile is no fault.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 output = function(*held)
     return _Graph(graph, held, output)
 

@@ -41,8 +41,8 @@ def uses_graphs(engine: Engine, device: torch.device) -> bool:
 class Steps:
     """The losses of one run, differentiated.
 
-    What a call returns is valid until the next call of the same method. In which mode (train or eval) it leaves the
-    task model is not said.
+    What a call returns is valid until the next call of any method: recordings share their memory. In which mode (train
+    or eval) a call leaves the task model is not said.
 
     Args:
         learner: of the task model.
@@ -64,6 +64,7 @@ class Steps:
         self._precision = partial(autocast, device, dtype)
         # What is recorded holds no Steps: a cycle would leave graphs to the collector.
         self._captured: dict[object, Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._seats: dict[type[Generator], Generator] = {}
 
     def plain(self, views: Tensor, labels: Tensor) -> Found:
@@ -114,12 +115,13 @@ class Steps:
         if self._captured:
             synchronize(self.device)  # they may be running
             self._captured.clear()
-            torch.cuda.empty_cache()  # a recording's memory serves no other
+            torch.cuda.empty_cache()  # recordings' memory serves nothing else
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _call(self, key: object, function: Callable[..., Found], *inputs: Tensor) -> Found:
         if not self.graphs:
             return function(*inputs)
-        found: Found = self._captured.setdefault(key, Captured(function, True, [self.task]))(*inputs)
+        found: Found = self._captured.setdefault(key, Captured(function, True, [self.task], self._pool))(*inputs)
         return found
 
     def _seat(self, earlier: Generator) -> Generator:
