@@ -35,7 +35,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 
 def trainer(method: str, steps: int, device: torch.device, engine: str, dtype: str = "fp32", **more: Any) -> Trainer:
     """Two rounds of so many steps after a short start; `more` settings by key."""
-    config = "digits-ours" if method == "pden" else "digits-baseline"
+    config = "digits-paper" if method == "pden" else "digits-baseline"
     keys: dict[str, Any] = {"method": method, "rounds": 2, "round_steps": steps, "pretrain_steps": 20,
                             "engine": engine}  # fmt: skip
     keys |= {"gate.mode": "record", "gate.judge_steps": 20} if method == "pden" else {}

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 from expkit.errors import UsageError
 from pden.generators import KINDS, AdaIN, Composite, Geometric, Photometric, build_generator, generator_settings
 from pden.generators.geometric import warp
-from pden.generators.photometric import normalised
+from pden.generators.photometric import enlarged, normalised
 from pden.layout import channels_last
 
 
@@ -24,10 +24,11 @@ def test_the_photometric_generator_has_the_papers_size():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grid", [0, 8])
 @pytest.mark.parametrize("size", [(32, 32), (17, 17), (40, 64)])
-def test_shape_and_range_are_kept_at_any_resolution(kind, size):
+def test_shape_and_range_are_kept_at_any_resolution(kind, grid, size):
     images = torch.rand(2, 3, *size)
-    made = build_generator(kind)(images)
+    made = build_generator(kind, grid=grid)(images)
     assert made.shape == images.shape
     assert 0 <= made.min() and made.max() <= 1
 
@@ -51,9 +52,10 @@ def test_a_generator_without_noise_is_a_function_of_the_image(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_weight_gets_a_gradient_from_a_difference_of_draws(kind):
+@pytest.mark.parametrize("grid", [0, 8])
+def test_every_weight_gets_a_gradient_from_a_difference_of_draws(kind, grid):
     torch.manual_seed(0)
-    generator, images = build_generator(kind), torch.rand(4, 3, 32, 32)
+    generator, images = build_generator(kind, grid=grid), torch.rand(4, 3, 32, 32)
     (generator(images) - generator(images)).abs().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in generator.parameters())
 
@@ -155,9 +157,32 @@ def test_a_composite_gives_each_part_half_of_the_noise():
     assert torch.equal(generator(images, noise), generator.photometric.transform(moved, noise[:, 10:]))
 
 
+@pytest.mark.parametrize("grid", [1, 8])
+@pytest.mark.parametrize("size", [(32, 32), (6, 40)])
+def test_cells_are_enlarged_as_images_are(grid, size):
+    cells = torch.randn(2, 3, grid, grid, dtype=torch.double)
+    expected = F.interpolate(cells, size, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(enlarged(cells, *size), expected)
+
+
+@pytest.mark.parametrize("kind", ["photometric", "composite"])
+def test_with_a_grid_an_even_ground_becomes_uneven(kind):
+    torch.manual_seed(0)
+    images = torch.full((4, 3, 32, 32), 0.3)
+    even, uneven = (build_generator(kind, grid=grid)(images)[..., 4:-4, 4:-4] for grid in (0, 8))
+    assert even.std(dim=(2, 3)).max() < 1e-4 < 0.01 < uneven.std(dim=(2, 3)).max()
+
+
+def test_settings_of_an_older_generator_have_no_grid():
+    settings = generator_settings(Photometric())
+    assert settings.pop("grid") == 0
+    build_generator(**settings).load_state_dict(Photometric().state_dict())
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_settings_rebuild_a_generator(kind):
-    generator = build_generator(kind, channels=1, width=4, noise=3)
+@pytest.mark.parametrize("grid", [0, 8])
+def test_settings_rebuild_a_generator(kind, grid):
+    generator = build_generator(kind, channels=1, width=4, noise=3, grid=grid)
     again = build_generator(**generator_settings(generator))
     again.load_state_dict(generator.state_dict())
     image, noise = torch.rand(1, 1, 32, 32), torch.randn(1, generator.noise)

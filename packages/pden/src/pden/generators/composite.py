@@ -16,13 +16,14 @@ class Composite(Generator):
         channels: of the images.
         width: of each part.
         noise: size of z for each part; the composite takes twice as much.
+        grid: of the photometric part's `AdaIN`.
     """
 
-    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10) -> None:
+    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> None:
         super().__init__(channels, 2 * noise)
-        self.width = width
+        self.width, self.grid = width, grid
         self.geometric = Geometric(channels, width, noise)
-        self.photometric = Photometric(channels, width, noise)
+        self.photometric = Photometric(channels, width, noise, grid)
 
     def transform(self, images: Tensor, noise: Tensor) -> Tensor:
         first, second = noise.chunk(2, dim=1)

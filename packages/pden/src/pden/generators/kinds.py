@@ -22,19 +22,24 @@ def default_width(size: int) -> int:
     return 16 if size <= 64 else 32
 
 
-def build_generator(kind: str, *, channels: int = 3, width: int = 16, noise: int = 10) -> Generator:
+def build_generator(kind: str, *, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> Generator:
     """A new generator.
+
+    Args:
+        grid: of the noise that a photometric part has by place; a geometric one has none.
 
     Raises:
         UsageError: an unknown kind.
     """
     if kind not in KINDS:
         raise UsageError(f'unknown generator "{kind}"; use {", ".join(KINDS)}')
-    return KINDS[kind](channels, width, noise)
+    painting = {"grid": grid} if kind != "geometric" else {}
+    return KINDS[kind](channels, width, noise, **painting)
 
 
 def generator_settings(generator: Generator) -> dict[str, Any]:
     """What `build_generator` needs to make one like this."""
     kind = next(name for name, each in KINDS.items() if type(generator) is each)
     noise = generator.noise // 2 if kind == "composite" else generator.noise
-    return {"kind": kind, "channels": generator.channels, "width": generator.width, "noise": noise}
+    grid = getattr(generator, "grid", 0)
+    return {"kind": kind, "channels": generator.channels, "width": generator.width, "noise": noise, "grid": grid}

@@ -3,6 +3,9 @@
 Four 3x3 convolutions, channels -> w -> 2w -> 4w -> channels, AdaIN after the second, a sigmoid at the end; w = 16
 and 10 noise values (26,019 parameters) for 32x32 colour images. Resolution is kept, so any size works. Noise enters
 after the second convolution alone, so what comes before it is computed once for all draws of one batch.
+
+Ours is that the noise may shift the maps by place besides, on a coarse grid: a style that is the same everywhere turns
+an even ground into an even ground, and a model that has seen no other takes whatever stands there for strokes.
 """
 
 from __future__ import annotations
@@ -18,11 +21,20 @@ from pden.layout import channels_last
 
 
 class AdaIN(nn.Module):
-    """Instance normalisation whose scale and shift come from the noise: ``(1 + gamma(z)) * norm(x) + beta(z)``."""
+    """Instance normalisation whose scale and shift come from the noise: ``(1 + gamma(z)) * norm(x) + beta(z)``.
 
-    def __init__(self, noise: int, features: int) -> None:
+    Args:
+        noise: size of z.
+        features: of the maps.
+        grid: side of a grid over the maps on which the noise gives a shift of each cell's own too, with smooth
+            (bicubic) passages between cells; 0 leaves it out.
+    """
+
+    def __init__(self, noise: int, features: int, grid: int = 0) -> None:
         super().__init__()
+        self.grid = grid
         self.style = nn.Linear(noise, 2 * features)
+        self.places = nn.Linear(noise, features * grid * grid) if grid else None
 
     def forward(self, maps: Tensor, noise: Tensor) -> Tensor:
         """Maps ``(batch, features, height, width)`` in the style of noise ``(batch, noise)``."""
@@ -31,7 +43,23 @@ class AdaIN(nn.Module):
     def styled(self, norms: Tensor, noise: Tensor) -> Tensor:
         """The same of maps that are normalised already."""
         gamma, beta = self.style(noise)[:, :, None, None].chunk(2, dim=1)
+        if self.places is not None:
+            cells = self.places(noise).unflatten(1, (-1, self.grid, self.grid))
+            beta = beta + enlarged(cells, norms.shape[-2], norms.shape[-1])
         return torch.addcmul(beta, 1 + gamma, norms)
+
+
+def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
+    """Square maps ``(..., grid, grid)`` as ``(..., height, width)``, bicubic.
+
+    As two products of matrices, whose gradients are the same in every run; those of `interpolate` are not on a GPU.
+    """
+    grid = cells.shape[-1]
+    unit = torch.eye(grid, device=cells.device, dtype=cells.dtype)[None, None]
+    rows, columns = (
+        F.interpolate(unit, (side, grid), mode="bicubic", align_corners=False)[0, 0] for side in (height, width)
+    )
+    return rows @ cells @ columns.T
 
 
 def normalised(maps: Tensor) -> Tensor:
@@ -51,14 +79,15 @@ class Photometric(Generator):
         channels: of the images.
         width: channels after the first convolution.
         noise: size of z; 0 leaves AdaIN out.
+        grid: of `AdaIN`; 0 is the paper's.
     """
 
-    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10) -> None:
+    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> None:
         super().__init__(channels, noise)
-        self.width = width
+        self.width, self.grid = width, grid
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.second = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.adain = AdaIN(noise, 2 * width) if noise else None
+        self.adain = AdaIN(noise, 2 * width, grid) if noise else None
         self.third = nn.Conv2d(2 * width, 4 * width, 3, padding=1)
         self.last = nn.Conv2d(4 * width, channels, 3, padding=1)
 

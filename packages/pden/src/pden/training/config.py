@@ -84,6 +84,8 @@ class GeneratorConfig:
         kinds: photometric, geometric or composite; rounds take them in turn.
         width: channels after the first convolution; 0 is 16 up to 64 pixels and 32 above.
         noise: size of z.
+        grid: side of the grid on which a photometric generator's noise shifts the maps by place besides, so that
+            grounds are not even (ours; see `pden.generators.AdaIN`); 0 leaves it out, as the paper does.
         lr: of Adam.
         share: part of a round's steps in which the generator learns; after it the generator is frozen.
     """
@@ -91,12 +93,14 @@ class GeneratorConfig:
     kinds: tuple[Literal["photometric", "geometric", "composite"], ...] = ("photometric",)
     width: int = 0
     noise: int = 10
+    grid: int = 0
     lr: float = 1e-4
     share: float = 0.5
 
     def __post_init__(self) -> None:
         _require(len(self.kinds) >= 1, "generator.kinds is empty")
-        _require(self.noise >= 1 and self.width >= 0, "generator.noise must be positive, generator.width 0 or more")
+        _require(self.noise >= 1, f"generator.noise is {self.noise}; it must be positive")
+        _require(min(self.width, self.grid) >= 0, "generator.width and generator.grid must be 0 or more")
         _require(0 < self.share <= 1 and 0 < self.lr < inf, "generator.share must be in (0, 1], generator.lr positive")
 
 

@@ -319,7 +319,7 @@ class Trainer:
         settings, clock = self.config.generator, self.clock
         torch.manual_seed(Stream(CPU, self.config.seed, "weights", clock.round, clock.attempt).seed)
         width = settings.width or default_width(self.size)
-        expansion = Expansion(self.kind, self.source.images.shape[1], width, settings.noise)
+        expansion = Expansion(self.kind, self.source.images.shape[1], width, settings.noise, settings.grid)
         self.expansion = expansion.to(self.device)
         self.steps.forget()
         self.expander = Learner(self.expansion, OptimizerConfig(lr=settings.lr), self.world)
