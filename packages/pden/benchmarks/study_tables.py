@@ -92,7 +92,7 @@ def aimed_at(digits: dict[str, Any], found: dict[str, list[dict[str, Any]]]) -> 
     for each in found["cifar"]:
         if each["method"] == "pden":
             level = 100 * hardest(each)["selections"]["last"]["average"]
-            aim("PDEN, CIFAR-10-C (recomputed), level 5, 15 corruptions (%)", level, 74)
+            aim(f"{each['name']}, CIFAR-10-C (recomputed), level 5, 15 corruptions (%)", level, 74)
     lines = [
         f"{what}: {value:.2f}, aimed at {'>=' if more else '<='} {wanted:g}: "
         f"{'met' if (value >= wanted if more else value <= wanted) else 'missed'}"

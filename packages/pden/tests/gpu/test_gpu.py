@@ -88,7 +88,8 @@ def watch(run: Trainer) -> list[str]:
 @pytest.mark.parametrize("kinds", [("photometric",), ("geometric",), ("composite", "photometric")])
 def test_recorded_steps_have_the_gradients_of_plain_ones(kinds, dtype):
     """Of every generator and, from the third round on, with one of several earlier ones."""
-    run = make_trainer(dtype, rounds=4, generator__kinds=kinds, optimizer__schedule="cosine")
+    changes = {"generator__kinds": kinds, "generator__grid": 4, "optimizer__schedule": "cosine"}
+    run = make_trainer(dtype, rounds=4, **changes)
     seen = watch(run)
     finish(run)
     assert [seen.count(name) for name in ("plain", "expand", "tune")] == [6, 4 * 3, 4 * 6]
@@ -157,7 +158,7 @@ def deterministic():
 @pytest.mark.parametrize("steps", [12, 24])  # in the first round, and with two earlier domains
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, deterministic, steps):
     def trainer() -> Trainer:
-        return make_trainer(generator__kinds=("photometric",), rounds=3)
+        return make_trainer(generator__kinds=("photometric",), generator__grid=4, rounds=3)
 
     whole, killed = trainer(), trainer()
     finish(whole)

@@ -35,6 +35,17 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(place, tmp_path):
     assert again.best.round == whole.best.round
 
 
+def test_generators_on_a_grid_come_back_on_it(tmp_path):
+    def make():
+        return tiny_trainer(generator__kinds=("photometric", "geometric", "composite"), generator__grid=4, rounds=3)
+
+    whole = make()
+    finish(whole)
+    again = through_a_checkpoint(make, PLACES["second round"], tmp_path)
+    assert torch.equal(weights(again), weights(whole))
+    assert [getattr(each, "grid", None) for each in again.pool] == [4, None, 4]
+
+
 @pytest.mark.parametrize("at", [11, 14])
 def test_a_domain_refused_after_a_resume_is_rolled_back_all_the_same(at, tmp_path):
     def make():
