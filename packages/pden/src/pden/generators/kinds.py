@@ -26,7 +26,7 @@ def build_generator(kind: str, *, channels: int = 3, width: int = 16, noise: int
     """A new generator.
 
     Args:
-        grid: of the noise that a photometric part has by place; a geometric one has none.
+        grid: on which the style of a photometric part differs by place; a geometric one has none.
 
     Raises:
         UsageError: an unknown kind.

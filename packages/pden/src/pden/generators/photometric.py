@@ -4,8 +4,8 @@ Four 3x3 convolutions, channels -> w -> 2w -> 4w -> channels, AdaIN after the se
 and 10 noise values (26,019 parameters) for 32x32 colour images. Resolution is kept, so any size works. Noise enters
 after the second convolution alone, so what comes before it is computed once for all draws of one batch.
 
-Ours is that the noise may shift the maps by place besides, on a coarse grid: a style that is the same everywhere turns
-an even ground into an even ground, and a model that has seen no other takes whatever stands there for strokes.
+Ours is that the style may differ by place besides, on a coarse grid: one that is the same everywhere turns an even
+ground into an even ground, and a model that has seen no other takes whatever stands there for strokes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class AdaIN(nn.Module):
     Args:
         noise: size of z.
         features: of the maps.
-        grid: side of a grid over the maps on which the noise gives a shift of each cell's own too, with smooth
-            (bicubic) passages between cells; 0 leaves it out.
+        grid: side of a grid over the maps on which the noise adds to scale and shift in each cell, with linear passages
+            between cells (ours); 0 leaves it out.
     """
 
     def __init__(self, noise: int, features: int, grid: int = 0) -> None:
         super().__init__()
         self.grid = grid
         self.style = nn.Linear(noise, 2 * features)
-        self.places = nn.Linear(noise, features * grid * grid) if grid else None
+        self.places = nn.Linear(noise, 2 * features * grid * grid) if grid else None
 
     def forward(self, maps: Tensor, noise: Tensor) -> Tensor:
         """Maps ``(batch, features, height, width)`` in the style of noise ``(batch, noise)``."""
@@ -42,24 +42,23 @@ class AdaIN(nn.Module):
 
     def styled(self, norms: Tensor, noise: Tensor) -> Tensor:
         """The same of maps that are normalised already."""
-        gamma, beta = self.style(noise)[:, :, None, None].chunk(2, dim=1)
+        style = self.style(noise)[:, :, None, None]
         if self.places is not None:
-            cells = self.places(noise).unflatten(1, (-1, self.grid, self.grid))
-            beta = beta + enlarged(cells, norms.shape[-2], norms.shape[-1])
+            cells = self.places(noise).unflatten(1, (-1, self.grid, self.grid)) + style
+            style = channels_last(enlarged(cells, norms.shape[-2], norms.shape[-1]))
+        gamma, beta = style.chunk(2, dim=1)
         return torch.addcmul(beta, 1 + gamma, norms)
 
 
 def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
-    """Square maps ``(..., grid, grid)`` as ``(..., height, width)``, bicubic.
+    """Square maps ``(..., grid, grid)`` as ``(..., height, width)``, bilinear.
 
-    As two products of matrices, whose gradients are the same in every run; those of `interpolate` are not on a GPU.
+    As a product of matrices, whose gradients are the same in every run; those of `interpolate` are not on a GPU.
     """
     grid = cells.shape[-1]
-    unit = torch.eye(grid, device=cells.device, dtype=cells.dtype)[None, None]
-    rows, columns = (
-        F.interpolate(unit, (side, grid), mode="bicubic", align_corners=False)[0, 0] for side in (height, width)
-    )
-    return rows @ cells @ columns.T
+    unit = torch.eye(grid * grid, device=cells.device, dtype=cells.dtype).view(1, -1, grid, grid)
+    shares = F.interpolate(unit, (height, width), mode="bilinear", align_corners=False)[0].flatten(1)
+    return (cells.flatten(-2) @ shares).unflatten(-1, (height, width))
 
 
 def normalised(maps: Tensor) -> Tensor:

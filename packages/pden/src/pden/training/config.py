@@ -84,8 +84,8 @@ class GeneratorConfig:
         kinds: photometric, geometric or composite; rounds take them in turn.
         width: channels after the first convolution; 0 is 16 up to 64 pixels and 32 above.
         noise: size of z.
-        grid: side of the grid on which a photometric generator's noise shifts the maps by place besides, so that
-            grounds are not even (ours; see `pden.generators.AdaIN`); 0 leaves it out, as the paper does.
+        grid: side of the grid on which a photometric generator's style differs by place, so that grounds are uneven
+            (ours; see `pden.generators.AdaIN`); 0 is one style for a whole image, as in the paper.
         lr: of Adam.
         share: part of a round's steps in which the generator learns; after it the generator is frozen.
     """
