@@ -10,8 +10,7 @@ from typing import Any
 
 SEEDS = (0, 1, 2, 3, 4)
 # What configs/digits-ours.toml leaves open is chosen on seeds that no reported run has, by held-out source images in
-# disguise, with no target loaded; of the disguises by "operations", as every candidate trains on random convolutions,
-# which are the other one. How the config itself came about is in RESULTS.md.
+# disguise, with no target loaded. How the config itself came about is in RESULTS.md.
 CHOICE_SEEDS = (100, 101)
 CHOICE_ROUNDS = 5
 BARLOW = ("loss.contrast=barlow", "loss.contrast_weight=0.02")
@@ -249,8 +248,8 @@ def leases(
 
 
 def choose(results: Sequence[Mapping[str, Any]], failed: Collection[str] = ()) -> dict[str, Any]:
-    """The rule: the candidate whose averaged weights label held-out source images in disguise ("operations") best, as
-    the mean over the seeds of choice; within a point of the best, the one nearest to the paper (their order). Nothing
+    """The rule: the candidate whose averaged weights label held-out source images in disguise best, as the mean over
+    disguises and the seeds of choice; within a point of the best, the one nearest to the paper (their order). Nothing
     else of a result is read. A candidate with a training that failed is out.
 
     Args:
@@ -262,9 +261,7 @@ def choose(results: Sequence[Mapping[str, Any]], failed: Collection[str] = ()) -
     figures: dict[str, dict[int, float]] = {label: {} for label in CANDIDATES}
     labels = {job.name: job.label for job in jobs_of("choice")}
     for result in results:
-        figures[labels[result["name"]]][int(result["seed"])] = result["selections"]["averaged"]["disguises"][
-            "operations"
-        ]
+        figures[labels[result["name"]]][int(result["seed"])] = result["selections"]["averaged"]["disguised"]
     out = {labels[name] for name in failed}
     for label in set(CANDIDATES) - out:
         absent = sorted(set(CHOICE_SEEDS) - set(figures[label]))
