@@ -37,7 +37,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "composite": ('generator.kinds=["composite"]',),
 }
 PARTS = ("paper", "choice", "ours", "baselines", "ablation", "cifar")
-METHODS = ("augmix", "randconv", "me-ada", "erm")
+METHODS = ("augmix", "randconv", "randaugment", "randaugment-randconv", "me-ada", "erm")
 PRETRAINING = 5000
 PRETRAIN_SHARE = 0.37  # of a round's step in one before the rounds, which has no views (44 and 120 GFLOP)
 
@@ -95,6 +95,8 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     whole = PRETRAINING + 20 * 3000
     if part == "baselines":
         flags = {each: ("--method", each) for each in METHODS}
+        # RandAugment moves pixels and RandConv changes them, as ours does; together they are what ours has to beat.
+        flags["randaugment-randconv"] = ("--method", "randaugment", *settings("data.randconv=0.5"))
         return [Job(part, m, "digits-baseline", seed, m, whole, flags[m]) for m in METHODS for seed in SEEDS]
     if part == "paper":
         return [Job(part, "pden-paper", "digits-paper", seed, "pden", whole, alone=seed == 0) for seed in SEEDS]
@@ -150,13 +152,16 @@ class Speed:
     shared: float
 
 
-# On an H100, by step_time.py; "pden-ours" and "pden-warp" by trainings, side by side guesses, as is all of CIFAR-10.
+# On an H100, by step_time.py; "pden-ours" and "pden-warp" by trainings, side by side guesses, as are
+# RandAugment and all of CIFAR-10.
 FORESEEN = {
     "pden": Speed(5.2, 5.7),
     "pden-ours": Speed(5.0, 5.2),
     "pden-warp": Speed(6.0, 6.4),
     "augmix": Speed(5.4, 3.8),
     "randconv": Speed(2.1, 2.2),
+    "randaugment": Speed(2.0, 2.0),
+    "randaugment-randconv": Speed(2.1, 2.1),
     "me-ada": Speed(0.9, 1.0),
     "erm": Speed(0.9, 1.0),
     "cifar-pden": Speed(25.0, 22.0),

@@ -14,12 +14,12 @@ from pden.baselines.randconv import RandConv
 from pden.data import Home
 from pden.evaluation import disguise
 from pden.training import gatekeeper, run, trainer
-from pden.training.config import AveragingConfig, OptimizerConfig
+from pden.training.config import METHODS, AveragingConfig, OptimizerConfig
 from pden.training.history import measure_round
 from pden.training.state import capture, restore
 from pden.training.stream import Stream
 from pden.training.views import draw_views
-from tiny_domains import finish, tiny_config, tiny_domain, tiny_trainer
+from tiny_domains import finish, tiny_config, tiny_domain, tiny_trainer, weights
 
 CPU = torch.device("cpu")
 NORMED = {"model__name": "wrn-10-1"}
@@ -104,6 +104,14 @@ def test_images_are_cropped_and_flipped_where_that_is_asked_for():
     plain, cropped = (tiny_trainer(data__augment=kind) for kind in ("none", "crop-flip"))
     images, again = (each._batch(12, Stream(CPU, 0))[0] for each in (plain, cropped))
     assert images.shape == again.shape and not torch.equal(images, again)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_textured_batches(method):
+    one = tiny_trainer(method=method, data__randconv=1.0, batch=30)
+    one.baseline.growth = (2,) if one.baseline.growth else ()
+    finish(one)
+    assert torch.isfinite(weights(one)).all()
 
 
 @pytest.mark.parametrize("method", ["pden", "erm"])

@@ -82,12 +82,13 @@ def operate(images: Tensor, kinds: Tensor, strength: Tensor, photometric: Photom
     """One operation on each image.
 
     Args:
-        images: in [0, 1], ``(batch, channels, height, width)``.
+        images: ``(batch, channels, height, width)``, cut off at 0 and 1 (beyond which random convolutions go).
         kinds: indices of `NAMES`, ``(batch,)``.
         strength: in [-1, 1], ``(batch,)``; its sign is that of the change.
         photometric: `PHOTOMETRIC` or `AUGMIX`.
     """
     chosen, amounts = kinds[:, None, None, None], strength[:, None, None, None]
+    images = images.clamp(0, 1)
     moved = warp(images, affine_maps(kinds, strength))
     changed = torch.where(chosen >= len(PHOTOMETRIC), moved, images)
     for number, operation in enumerate(photometric):
