@@ -17,9 +17,9 @@ else for a while. `restore` fills OUT from what `report` has published.
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
 RandAugment, both of these together, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each kind of
-generator, K = 10, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to recomputed CIFAR-10-C: the paper's losses, and
-domains that are farther). `run PART ...` does some. Where the first trainings all fail, `run` ends, and what made them
-fail is to be mended.
+generator, and what is ours left out of ours, K = 10, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to recomputed
+CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where the first trainings all
+fail, `run` ends, and what made them fail is to be mended.
 
 `ours` is what `choice` comes to by a rule that reads held-out source images in disguise alone (`study_jobs.choose`).
 It is written to OUT/chosen.json when the last training of `choice` is done, and nothing else begins before. What is
@@ -139,9 +139,9 @@ class Study:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the trainings end too
 
         def may_begin(job: Job) -> bool:
-            if job in self.lost or (job.part == "ours" and self.chosen is None):
+            if job in self.lost:
                 return False
-            if job.part != "choice" and choosing:
+            if job.part != "choice" and (choosing or (job.config == "digits-ours" and self.chosen is None)):
                 return False
             return self.begun(job) or time.time() + 60 * estimates.minutes(job) <= lease_ends
 

@@ -24,7 +24,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {  # from the paper's contrast on
 FARTHER = ("loss.cycle=5.0", "loss.adversarial=1.0", "generator.grid=8", "data.randconv=0.5")
 TIE = 0.01  # two seeds and 2,000 images tell no smaller difference
 ABLATION_ROUNDS = 10
-WHOLE = "full"  # the ablation's row with nothing left out: the part `paper` after as many rounds
+WHOLE = {"pden-paper": "full", "pden-ours": "ours_full"}  # rows with nothing left out: longer runs after as many rounds
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-safety": ("loss.safety=0.0",),
     "no-diversity": ("loss.diversity=0.0",),
@@ -35,6 +35,11 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "barlow": BARLOW,
     "geometric": ('generator.kinds=["geometric"]',),
     "composite": ('generator.kinds=["composite"]',),
+}
+OURS_ABLATIONS: dict[str, tuple[str, ...]] = {  # over the chosen settings
+    "ours, no-randconv": ("data.randconv=0.0",),
+    "ours, no-grid": ("generator.grid=0",),
+    "ours, photometric": ('generator.kinds=["photometric"]',),
 }
 PARTS = ("paper", "choice", "ours", "baselines", "ablation", "cifar")
 METHODS = ("augmix", "randconv", "randaugment", "randaugment-randconv", "me-ada", "erm")
@@ -90,7 +95,7 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     """All trainings of a part, the longest first.
 
     Args:
-        chosen: settings that `choose` has found, for the part `ours`.
+        chosen: settings that `choose` has found, for `ours` and its ablation.
     """
     whole = PRETRAINING + 20 * 3000
     if part == "baselines":
@@ -112,9 +117,11 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
         ]
     if part == "ablation":
         rounds, steps = ("--rounds", str(ABLATION_ROUNDS)), PRETRAINING + ABLATION_ROUNDS * 3000
+        rows = [(label, "digits-paper", kind_of(keys), keys) for label, keys in ABLATIONS.items()]
+        rows += [(label, "digits-ours", "pden-ours", (*chosen, *keys)) for label, keys in OURS_ABLATIONS.items()]
         return [
-            Job(part, label, "digits-paper", seed, kind_of(keys), steps, (*rounds, *settings(*keys)))
-            for label, keys in ABLATIONS.items()
+            Job(part, label, config, seed, kind, steps, (*rounds, *settings(*keys)))
+            for label, config, kind, keys in rows
             for seed in SEEDS[:2]
         ]
     # PDEN sums the losses of four views; half the rate of the others is a guess
@@ -136,7 +143,7 @@ def queue(chosen: Sequence[str] = ()) -> list[Job]:
     alone, *paper = jobs_of("paper")
     baselines = sorted(jobs_of("baselines"), key=lambda job: job.seed)
     compared = [*jobs_of("ours", chosen), *paper, *baselines]
-    return [*jobs_of("choice"), *compared, *jobs_of("ablation"), alone, *jobs_of("cifar")]
+    return [*jobs_of("choice"), *compared, *jobs_of("ablation", chosen), alone, *jobs_of("cifar")]
 
 
 @dataclass(frozen=True)
@@ -261,8 +268,12 @@ def choose(results: Sequence[Mapping[str, Any]], failed: Collection[str] = ()) -
         failed: names of trainings.
 
     Raises:
-        ValueError: a candidate was not trained with every seed of choice, or all have failed.
+        ValueError: a candidate was not trained with every seed of choice, all have failed, or they were not measured in
+            the same disguises.
     """
+    measured = {tuple(result["selections"]["averaged"]["disguises"]) for result in results}
+    if len(measured) > 1:
+        raise ValueError(f"figures of different disguises: {' and '.join(map(', '.join, sorted(measured)))}")
     figures: dict[str, dict[int, float]] = {label: {} for label in CANDIDATES}
     labels = {job.name: job.label for job in jobs_of("choice")}
     for result in results:

@@ -194,6 +194,9 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["train", "--set", "averaging.from_round=0"], "averaging.from_round is 0"),
         (["train", "--set", "stop.patience=-1"], "stop.patience is -1"),
         (["train", "--set", "data.disguised=-1"], "data.disguised is -1"),
+        (["train", "--set", "generator.grid=-1"], "generator.grid must be 0 or more"),
+        (["train", "--set", "generator.grid=100000"], "generator.grid is 100000 on images of 32x32"),
+        (["train", "--set", "generator.grid=4", "--set", 'generator.kinds=["geometric"]'], "for photometric domains"),
         (["train", "--method", "magic"], "'magic' is not one of"),
         (["train", "--preset", "tiny", "--source", "mnist_m"], 'did you mean "mnist-m"'),
         (["train", "--preset", "tiny", "--target", "digits"], 'target "digits" is the source'),
@@ -261,8 +264,9 @@ def test_the_source_cannot_hold_itself_out(tmp_path, capsys):
              held=source.images[:50].numpy(), its=source.labels[:50].numpy())  # fmt: skip
     held = f'data.validation="{tmp_path}/d.npz#held,its"'
     call = [*TINY, "--runs", tmp_path, "--source", f"{tmp_path}/d.npz#x,y", "--rounds", 0, "--set", "pretrain_steps=2"]
-    assert run(*call, "--set", held) == 0
-    assert "50 of 50 images of held are among those that are trained or held out" in capsys.readouterr().err
+    assert run(*call, "--set", held) == 2
+    assert "all 50 images of held are among those that are trained or held out" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_an_early_stop_and_a_collapse_without_a_gate_are_said(tmp_path, capsys):
@@ -305,9 +309,13 @@ def test_a_baseline_that_cannot_grow_says_so(tmp_path, capsys):
 def test_what_selection_has_seen_is_no_target(tmp_path, capsys):
     held = ["--set", "data.validation=digits-test", "--set", "pretrain_steps=4"]
     domain = pden.load_domain("digits", pden.Home.of())
-    np.savez(tmp_path / "same.npz", x=domain.images[:30].numpy(), y=np.arange(30) % 10)
-    assert run(*TINY, *held, "--runs", tmp_path, "--target", f"same={tmp_path}/same.npz#x,y") == 0
-    assert "30 of 30 images of same are among those that are trained or held out" in capsys.readouterr().err
+    images = domain.images[:30].numpy()
+    np.savez(tmp_path / "same.npz", x=images, y=np.arange(30) % 10)
+    assert run(*TINY, *held, "--runs", tmp_path, "--target", f"same={tmp_path}/same.npz#x,y") == 2
+    assert "all 30 images of same are among those that are trained or held out" in capsys.readouterr().err
+    np.savez(tmp_path / "half.npz", x=np.concatenate([images, 255 - images]), y=np.arange(60) % 10)
+    assert run(*TINY, *held, "--runs", tmp_path, "--target", f"half={tmp_path}/half.npz#x,y") == 0
+    assert "30 of 60 images of half are among those that are trained or held out" in capsys.readouterr().err
     assert run("eval", tmp_path / "tiny", "--target", "digits-test") == 2
     assert 'target "digits-test" is the validation domain' in capsys.readouterr().err
 

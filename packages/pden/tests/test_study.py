@@ -97,7 +97,8 @@ def test_every_training_is_a_valid_config_of_a_name_of_its_own(part):
 
 
 def result(label: str, seed: int, disguised: float, target: float = 0.0) -> dict:
-    figures = {"validation": 0.9, "disguised": disguised, "average": target, "targets": {"usps": target}}
+    figures = {"disguises": dict.fromkeys(("texture", "operations", "ground"), disguised), "disguised": disguised}
+    figures |= {"validation": 0.9, "average": target, "targets": {"usps": target}}
     return {"name": f"{label}-seed{seed}".replace(", ", "_"), "seed": seed, "selections": {"averaged": figures}}
 
 
@@ -119,6 +120,13 @@ def test_within_a_point_the_choice_is_the_one_nearest_to_the_paper():
     figures = dict(zip(study.CANDIDATES, (0.5, 0.692, 0.7, 0.698), strict=True))
     results = [result(label, seed, value) for label, value in figures.items() for seed in study.CHOICE_SEEDS]
     assert study.choose(results)["chosen"] == list(study.CANDIDATES)[1]
+
+
+def test_figures_of_other_disguises_are_not_chosen_among():
+    results = [result(label, seed, 0.5) for label in study.CANDIDATES for seed in study.CHOICE_SEEDS]
+    del results[0]["selections"]["averaged"]["disguises"]["ground"]
+    with pytest.raises(ValueError, match="different disguises"):
+        study.choose(results)
 
 
 def test_a_candidate_with_a_training_that_failed_is_out_and_the_choice_goes_on():

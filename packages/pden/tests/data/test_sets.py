@@ -24,6 +24,12 @@ def home(folder: Path) -> Home:
     return Home((folder,), folder, download=False)
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Published sets may have any number of images."""
+    monkeypatch.setattr("pden.data.digits.COUNTS", {})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_embedded_domains_are_whole_and_the_same_again(name, tmp_path):
     first, second = (load_domain(name, home(tmp_path)) for _ in range(2))
@@ -59,7 +65,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
     path.write_bytes(head + array.tobytes())
 
 
-def test_mnist_in_its_idx_files(tmp_path):
+def test_mnist_in_its_idx_files(tmp_path, few):
     images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
     labels = np.arange(20, dtype=np.uint8) % 10
     for part in ("train", "t10k"):
@@ -69,7 +75,7 @@ def test_mnist_in_its_idx_files(tmp_path):
     assert np.array_equal(domain.images[:, 0].numpy(), images) and domain.labels.tolist() == labels.tolist()
 
 
-def test_syn_maps_label_10_to_0(tmp_path):
+def test_syn_maps_label_10_to_0(tmp_path, few):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
     savemat(tmp_path / "synth_test_32x32.mat", {"X": pixels, "y": np.array([[10], [1], [9], [10]])})
     domain = load_domain("syn", home(tmp_path))
@@ -77,7 +83,7 @@ def test_syn_maps_label_10_to_0(tmp_path):
     assert np.array_equal(domain.images[2].permute(1, 2, 0).numpy(), pixels[..., 2])
 
 
-def test_mnist_m_in_ganins_layout(tmp_path):
+def test_mnist_m_in_ganins_layout(tmp_path, few):
     folder = tmp_path / "mnist_m" / "mnist_m_test"
     folder.mkdir(parents=True)
     for name, grey in (("00000000.png", 10), ("00000001.png", 20)):
@@ -87,10 +93,30 @@ def test_mnist_m_in_ganins_layout(tmp_path):
     assert domain.labels.tolist() == [7, 3] and domain.images[:, 0, 0, 0].tolist() == [20, 10]
 
 
-def test_one_file_of_arrays_may_hold_all_digits(tmp_path):
+def test_mnist_lies_in_one_folder_for_all_its_parts(tmp_path, few):
+    for part in ("train", "t10k"):
+        write_idx(tmp_path / "mnist" / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", np.zeros((3, 28, 28), np.uint8))
+        write_idx(tmp_path / "mnist" / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte", np.arange(3, dtype=np.uint8))
+    assert all(len(load_domain(name, home(tmp_path))) == 3 for name in ("mnist", "mnist10k", "mnist-test"))
+
+
+def test_one_file_of_arrays_may_hold_all_digits(tmp_path, few):
     images = np.zeros((3, 16, 16), dtype=np.uint8)
     np.savez(tmp_path / "digits.npz", usps_test_x=images, usps_test_y=np.array([9, 0, 1]))
     assert load_domain("usps", home(tmp_path)).labels.tolist() == [9, 0, 1]
+
+
+def test_what_mnist_m_was_not_made_of_is_the_end_of_mnists_test(tmp_path):
+    labels = np.arange(10_000) // 1000
+    np.savez(tmp_path / "digits.npz", mnist_test_x=np.zeros((10_000, 4, 4), np.uint8), mnist_test_y=labels)
+    assert load_domain("mnist-rest", home(tmp_path)).labels.tolist() == [9] * 999
+
+
+@pytest.mark.parametrize("count", [2006, 2008])
+def test_a_published_set_has_all_its_images(count, tmp_path):
+    np.savez(tmp_path / "digits.npz", usps_test_x=np.zeros((count, 4, 4), np.uint8), usps_test_y=np.zeros(count, int))
+    with pytest.raises(UsageError, match=f"usps has {count} images here and 2007 as published"):
+        load_domain("usps", home(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +128,7 @@ def test_absent_data_say_what_to_put_where(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_usps_in_libsvms_format(tmp_path):
+def test_usps_in_libsvms_format(tmp_path, few):
     import bz2
 
     rows = [
@@ -156,6 +182,13 @@ def test_levels_become_15_or_19_corruptions():
     named = expand_levels("mine=cifar10-c/5")
     assert len(named) == 15 and "mine fog 5=cifar10-c/fog/5" in named
     assert expand_levels("mine=cifar10-c/fog/2") == ["mine=cifar10-c/fog/2"]
+
+
+@pytest.mark.parametrize("text", ["cifar10-c/5/al", "cifar10-c/5/fog", "cifar10-c/all/5", "cifar10-c-recomputed/6"])
+def test_levels_that_are_none_are_refused(text, tmp_path):
+    (spec,) = expand_levels(text)
+    with pytest.raises(UsageError, match=r"no corruption|level"):
+        load_domain(spec, home(tmp_path))
 
 
 def test_what_is_recomputed_is_called_so_whatever_its_name(tmp_path, monkeypatch):

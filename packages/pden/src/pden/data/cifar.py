@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,14 @@ def expand_levels(text: str) -> list[str]:
     """`cifar10-c/5` as its 15 corruptions, `cifar10-c/5/all` as 19, `cifar10-c` as 15 at all five levels; each has the
     `NAME=` that came before it, with corruption and level."""
     before, equals, spec = text.rpartition("=")
-    parts = spec.split("/")
-    if parts[0] not in ("cifar10-c", "cifar10-c-recomputed") or (len(parts) > 1 and parts[1] in CORRUPTIONS):
-        return [text]
-    names = CORRUPTIONS if parts[-1] == "all" else COMMON
-    levels = [parts[1]] if len(parts) > 1 and parts[1] != "all" else list("12345")
+    match = re.fullmatch(r"(cifar10-c(?:-recomputed)?)(?:/([1-5]))?(/all)?", spec)
+    if match is None:
+        return [text]  # one corruption, another data set, or what its loader refuses
+    kind, level, whole = match.groups()
+    names = CORRUPTIONS if whole else COMMON
+    levels = level or "12345"
     return [
-        (f"{before} {name} {level}=" if equals else "") + f"{parts[0]}/{name}/{level}"
-        for level in levels
-        for name in names
+        (f"{before} {name} {level}=" if equals else "") + f"{kind}/{name}/{level}" for level in levels for name in names
     ]
 
 

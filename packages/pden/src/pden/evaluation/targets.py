@@ -55,9 +55,16 @@ def with_classes(domain: Domain, classes: tuple[str, ...]) -> Domain:
 
 
 def shared_notes(targets: Sequence[Domain], seen: Sequence[Domain]) -> list[str]:
-    """A sentence for each target that shares images with what training or selection sees."""
+    """A sentence for each target that shares images with what training or selection sees.
+
+    Raises:
+        UsageError: all images of one are among them.
+    """
     known = {image.tobytes() for each in seen for image in each.images.cpu().numpy()} if targets else set()
     counts = [sum(image.tobytes() in known for image in each.images.cpu().numpy()) for each in targets]
+    for each, count in zip(targets, counts, strict=True):
+        if count == len(each):
+            raise UsageError(f"all {count} images of {each.name} are among those that are trained or held out")
     return [
         f"{count} of {len(each)} images of {each.name} are among those that are trained or held out"
         for each, count in zip(targets, counts, strict=True)

@@ -101,6 +101,7 @@ class GeneratorConfig:
         _require(len(self.kinds) >= 1, "generator.kinds is empty")
         _require(self.noise >= 1, f"generator.noise is {self.noise}; it must be positive")
         _require(min(self.width, self.grid) >= 0, "generator.width and generator.grid must be 0 or more")
+        _require(not self.grid or set(self.kinds) != {"geometric"}, "generator.grid is for photometric domains")
         _require(0 < self.share <= 1 and 0 < self.lr < inf, "generator.share must be in (0, 1], generator.lr positive")
 
 

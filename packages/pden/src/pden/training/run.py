@@ -79,7 +79,7 @@ def train(
         quiet: print nothing but warnings and progress.
 
     Raises:
-        UsageError: see `load_data`, `Trainer` and `RunDir.create`.
+        UsageError: see `load_data`, `Trainer`, `shared_images` and `RunDir.create`.
     """
     record = evidence(config.seed)
     device = resolve_device(config.device)
@@ -88,12 +88,17 @@ def train(
         dtype = torch.float32  # a GPU without bfloat16
     if dtype == torch.float16:
         raise UsageError("training in float16 is not supported; use dtype bf16 or fp32")
+    if not world.is_main:
+        barrier()  # what is to be fetched is fetched by one process
     source, validation, targets = data or load_data(config, home)
+    if world.is_main:
+        barrier()
     reset_peak_memory(device)
     trainer = Trainer(config, source, validation, device=device, dtype=dtype, world=world)
+    shared = shared_images(config, source, validation, targets) if world.is_main else []
     run = RunDir.create(runs, config.name, config, resume) if world.is_main else None
     barrier()
-    job = _Job(trainer, run, [each.to(device) for each in targets], quiet)
+    job = _Job(trainer, run, [each.to(device) for each in targets], shared, quiet)
     checkpoint = CheckpointStore(runs / config.name / "checkpoints").latest() if resume else None
     if checkpoint is not None:
         try:
@@ -116,19 +121,26 @@ def train(
     return None if run is None else job.finish(record)
 
 
+def shared_images(config: TrainConfig, source: Domain, validation: Domain, targets: Sequence[Domain]) -> list[str]:
+    """Sentences on images of the targets that are trained or held out, and of the validation domain that are trained.
+
+    Raises:
+        UsageError: these are all of one's.
+    """
+    held = [validation] if config.data.validation else []  # a share held out may have twins
+    return shared_notes(targets, (source, validation)) + shared_notes(held, [source])
+
+
 class _Job:
     """A trainer with the files of its run; `run` is None on the processes that write nothing."""
 
-    def __init__(self, trainer: Trainer, run: RunDir | None, targets: Sequence[Domain], quiet: bool) -> None:
-        self.trainer, self.run, self.targets, self.quiet = trainer, run, targets, quiet
+    def __init__(
+        self, trainer: Trainer, run: RunDir | None, targets: Sequence[Domain], shared: list[str], quiet: bool
+    ) -> None:
+        self.trainer, self.run, self.targets, self.shared, self.quiet = trainer, run, targets, shared, quiet
         self.history: list[dict[str, Any]] = []
         count = trainer.config.data.disguised if run is not None else 0
         self.disguised = disguises(trainer.validation, count) if count else []
-        seen = (trainer.source, trainer.validation)
-        held = [trainer.validation] if trainer.config.data.validation else []  # a share held out may have twins
-        self.shared: list[str] = []
-        if run is not None:
-            self.shared = shared_notes(targets, seen) + shared_notes(held, [trainer.source])
 
     def say(self, text: str, always: bool = False) -> None:
         if self.run is not None and (always or not self.quiet):
