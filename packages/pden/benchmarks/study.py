@@ -17,7 +17,7 @@ else for a while. `restore` fills OUT from what `report` has published.
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
 RandAugment, both of these together, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each kind of
-generator, and what is ours left out of ours, K = 10, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to recomputed
+generator, and what is ours left out of ours, K = 6, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to recomputed
 CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where the first trainings all
 fail, `run` ends, and what made them fail is to be mended.
 

@@ -14,16 +14,20 @@ SEEDS = (0, 1, 2, 3, 4)
 CHOICE_SEEDS = (100, 101)
 CHOICE_ROUNDS = 5
 BARLOW = ("loss.contrast=barlow", "loss.contrast_weight=0.02")
+RANDAUGMENT = ("data.randaugment=1.0", 'generator.kinds=["photometric"]')  # what moves pixels is drawn, not learned
 CANDIDATES: dict[str, tuple[str, ...]] = {  # from the paper's contrast on
     "instance": (),
     "supervised": ("loss.contrast=supervised",),
     "barlow": BARLOW,
     "composite": ('generator.kinds=["composite"]',),
+    "randaugment": RANDAUGMENT,
+    "randaugment, supervised": (*RANDAUGMENT, "loss.contrast=supervised"),
+    "randaugment, alternating": ("data.randaugment=1.0",),
 }
 # Of configs/digits-ours.toml, what changes pixels alone: for CIFAR-10, whose corruptions move nothing
 FARTHER = ("loss.cycle=5.0", "loss.adversarial=1.0", "generator.grid=8", "data.randconv=0.5")
 TIE = 0.01  # two seeds and 2,000 images tell no smaller difference
-ABLATION_ROUNDS = 10
+ABLATION_ROUNDS = 6
 WHOLE = {"pden-paper": "full", "pden-ours": "ours_full"}  # rows with nothing left out: longer runs after as many rounds
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-safety": ("loss.safety=0.0",),
@@ -35,8 +39,12 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "barlow": BARLOW,
     "geometric": ('generator.kinds=["geometric"]',),
     "composite": ('generator.kinds=["composite"]',),
+    "randaugment": RANDAUGMENT,
+    "randaugment, supervised": (*RANDAUGMENT, "loss.contrast=supervised"),
+    "randaugment, alternating": ("data.randaugment=1.0",),
 }
 OURS_ABLATIONS: dict[str, tuple[str, ...]] = {  # over the chosen settings
+    "ours, no-randaugment": ("data.randaugment=0.0",),
     "ours, no-randconv": ("data.randconv=0.0",),
     "ours, no-grid": ("generator.grid=0",),
     "ours, photometric": ('generator.kinds=["photometric"]',),

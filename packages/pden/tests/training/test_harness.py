@@ -10,6 +10,7 @@ import torch
 
 from expkit.checkpoint import CheckpointStore, load_tensors
 from expkit.distributed import World
+from pden.baselines.randaugment import RandAugment
 from pden.baselines.randconv import RandConv
 from pden.data import Home
 from pden.evaluation import disguise
@@ -107,8 +108,8 @@ def test_images_are_cropped_and_flipped_where_that_is_asked_for():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_takes_textured_batches(method):
-    one = tiny_trainer(method=method, data__randconv=1.0, batch=30)
+def test_every_method_takes_textured_batches_and_augmented_ones(method):
+    one = tiny_trainer(method=method, data__randaugment=1.0, data__randconv=1.0, batch=30)
     one.baseline.growth = (2,) if one.baseline.growth else ()
     finish(one)
     assert torch.isfinite(weights(one)).all()
@@ -133,8 +134,21 @@ def test_a_share_of_the_rounds_batches_is_textured(method):
     images, _ = plain._batch(4, stream)
     stream.host.random()  # the decision
     assert torch.equal(all_._batch(4, Stream(CPU, 1))[0], RandConv().convolved(images, stream))
-    with pytest.raises(ValueError, match="it is a share, 0 to 1"):
-        tiny_trainer(data__randconv=1.5)
+    for key in ("data__randaugment", "data__randconv"):
+        with pytest.raises(ValueError, match="it is a share, 0 to 1"):
+            tiny_trainer(**{key: 1.5})
+
+
+def test_a_share_of_the_rounds_batches_is_augmented_before_it_is_textured():
+    plain, both = tiny_trainer(), tiny_trainer(data__randaugment=1.0, data__randconv=1.0)
+    for each in (plain, both):
+        each.clock.stage = "round"
+    stream = Stream(CPU, 1)
+    images, _ = plain._batch(4, stream)
+    stream.host.random()  # the decisions, each before what it decides
+    images = RandAugment().views(images, stream)
+    stream.host.random()
+    assert torch.equal(both._batch(4, Stream(CPU, 1))[0], RandConv().convolved(images, stream))
 
 
 def test_the_round_that_labels_the_source_best_is_kept(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ def enlarged(cells: Tensor, height: int, width: int) -> Tensor:
     grid = cells.shape[-1]
     unit = torch.eye(grid * grid, device=cells.device, dtype=cells.dtype).view(1, -1, grid, grid)
     shares = F.interpolate(unit, (height, width), mode="bilinear", align_corners=False)[0].flatten(1)
-    return (cells.flatten(-2) @ shares).unflatten(-1, (height, width))
+    return torch.unflatten(cells.flatten(-2) @ shares, -1, (height, width))
 
 
 def normalised(maps: Tensor) -> Tensor:

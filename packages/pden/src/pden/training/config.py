@@ -30,6 +30,7 @@ class DataConfig:
         size: side of the images after bilinear resizing; 0 leaves images as they are.
         channels: 3 copies grey images; 1 refuses colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
+        randaugment: share of the rounds' batches, in every method, on which RandAugment works first (ours).
         randconv: share of the rounds' batches, in every method, that go through a random convolution first (ours:
             domains then start from many textures; what it makes may leave [0, 1], as in RandConv); under torchrun each
             process draws for its part of a batch. See `pden.baselines.randconv.RandConv.convolved`.
@@ -44,13 +45,15 @@ class DataConfig:
     size: int = 32
     channels: int = 3
     augment: Literal["none", "crop-flip"] = "none"
+    randaugment: float = 0.0
     randconv: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
         _require(self.disguised >= 0, f"data.disguised is {self.disguised}; it must be 0 or more")
         _require(self.size == 0 or self.size >= 8, f"data.size is {self.size}; use 0 or at least 8")
-        _require(0 <= self.randconv <= 1, f"data.randconv is {self.randconv}; it is a share, 0 to 1")
+        for key, share in (("randaugment", self.randaugment), ("randconv", self.randconv)):
+            _require(0 <= share <= 1, f"data.{key} is {share}; it is a share, 0 to 1")
         _require(self.channels in (1, 3), f"data.channels is {self.channels}; use 1 or 3")
 
 

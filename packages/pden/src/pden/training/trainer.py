@@ -25,6 +25,7 @@ from expkit.device import synchronize, tf32
 from expkit.distributed import World, gather
 from expkit.errors import UsageError
 from pden.baselines import build_baseline
+from pden.baselines.randaugment import RandAugment
 from pden.baselines.randconv import RandConv
 from pden.data import Domain
 from pden.data.augment import crop_flip
@@ -202,8 +203,11 @@ class Trainer:
             labels = torch.where(other, self.grown[1][place], labels)
         if self.config.data.augment == "crop-flip":
             images, labels = crop_flip(images, labels, stream.torch)
-        if self.clock.stage == "round" and 0 < self.config.data.randconv > stream.host.random():
-            images = RandConv().convolved(images, stream)
+        if self.clock.stage == "round":  # without a share nothing is drawn
+            if 0 < self.config.data.randaugment > stream.host.random():
+                images = RandAugment().views(images, stream)
+            if 0 < self.config.data.randconv > stream.host.random():
+                images = RandConv().convolved(images, stream)
         return images, labels
 
     def _grow(self) -> None:
