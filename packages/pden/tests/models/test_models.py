@@ -64,6 +64,27 @@ def test_the_encoder_sees_images_from_minus_one_to_one():
     assert to_unit(torch.tensor(0.25)) == -0.5
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenetv3_small_050",  # features are wider than `num_features`
+        "deit_tiny_patch16_224",  # built for one size, which its name does not say
+        "efficientvit_b0",  # takes any size, which its name does not say
+    ],
+)
+def test_timm_backbones_of_all_kinds_are_encoders(name):
+    pytest.importorskip("timm")
+    model = build_model(f"timm:{name}", classes=3, size=64)
+    assert model.training and model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_images_that_a_timm_backbone_does_not_take_are_one_line():
+    pytest.importorskip("timm")
+    with pytest.raises(UsageError, match="takes no images of 32 pixels") as error:
+        build_model("timm:inception_v4", classes=3, size=32)
+    assert "\n" not in str(error.value)
+
+
 def test_a_timm_backbone_is_an_encoder():
     pytest.importorskip("timm")
     model = build_model("timm:resnet10t", classes=3, channels=1, size=32)
