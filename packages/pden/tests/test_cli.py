@@ -158,6 +158,12 @@ def test_predict_says_a_label_for_each_image(trained, tmp_path, capsys):
     assert len(json.loads((tmp_path / "p.json").read_text())["predictions"]) == 4
 
 
+def test_seeds_start_their_own_processes_not_torchruns(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(*TINY, "--runs", tmp_path, "--target", "digits-thick", "--seeds", "0,1") == 2
+    assert "call it without torchrun" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys):
     options = ["--target", "digits-thick", "--runs", tmp_path / "runs", "--rounds", 1, "--method", "erm"]
     call = [*TINY, *options, "--set", "data.target_every=0", "--name", "erm", "--seeds", "0,1", "--jobs", 2]
@@ -170,7 +176,10 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
     assert run("compare", *runs, *written, "--plot", tmp_path / "c.png", "--json", tmp_path / "c.json") == 0
     assert all(out.read_text() for out in outs) and (tmp_path / "c.png").is_file()
     assert json.loads((tmp_path / "c.json").read_text())["methods"]["erm"]["seeds"] == [0, 1]
-    assert "selection: last; seeds: erm [0, 1]" in capsys.readouterr().out
+    told = "selection: last; average over 1 target; seeds: erm [0, 1]"
+    assert told in capsys.readouterr().out
+    assert all(told in out.read_text() for out in outs if out.suffix != ".csv")
+    assert all(",last" in line for out in outs if out.suffix == ".csv" for line in out.read_text().splitlines()[1:])
     assert run("compare", *runs, runs[0]) == 2 and "seed 0 is there more than once" in capsys.readouterr().err
     assert run(*call) == 0  # what is there is kept
     assert run(*call, "--set", "optimizer.lr=0.5") == 2 and "changed config: optimizer.lr" in capsys.readouterr().err

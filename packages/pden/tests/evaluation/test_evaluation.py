@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -138,11 +139,13 @@ def test_a_label_is_of_runs_that_differ_in_their_seed_alone():
 
 def test_tables_in_three_forms():
     assert table.markdown(rows()).splitlines()[2] == "| erm | 55.00 ± 7.07 | 30.00 ± 0.00 | 42.50 ± 3.54 |"
-    assert '"pden","usps",80.0000,0.0000' in table.csv(rows())
+    assert "pden,usps,80.0000,0.0000,averaged" in table.csv(rows(), "averaged")
+    quoted = table.csv({'a "b", c': {"usps": (0.5, 0.0)}})
+    assert next(csv.reader(quoted.splitlines()[1:]))[0] == 'a "b", c'
     latex = table.latex(rows())
     assert r"svhn\_c" in latex and r"\textbf{80.00}" in latex and r"\textbf{55.00}" not in latex
     with pytest.raises(UsageError, match=r"\.md, \.csv or \.tex"):
-        table.render(rows(), Path("table.doc"))
+        table.render(rows(), Path("table.doc"), "last", [])
 
 
 def test_what_is_no_run_is_refused(tmp_path):

@@ -29,21 +29,20 @@ def run(
     found = [table.read_result(path) for path in results]
     groups = table.group(found)
     rows = table.summarise(groups, selection)
+    seeds = {label: sorted(each["seed"] for each in runs) for label, runs in groups.items()}
+    notes = []
     if len({frozenset(row) for row in rows.values()}) > 1:
         for row in rows.values():
             row.pop(table.AVERAGE, None)
-        typer.echo("note: the runs have other targets, so that their averages compare nothing and are left out\n")
-    texts = {path: table.render(rows, path) for path in out or []}
-    typer.echo(table.markdown(rows))
-    seeds = {label: sorted(each["seed"] for each in runs) for label, runs in groups.items()}
-    typer.echo(f"selection: {selection}; seeds: {'; '.join(f'{label} {each}' for label, each in seeds.items())}")
+        notes.append("the runs have other targets, so that their averages compare nothing and are left out")
     sources = {label: str(runs[0].get("source")) for label, runs in groups.items()}
     if len(set(sources.values())) > 1:
-        typer.echo(
-            f"note: trained on other sources: {', '.join(f'{label} on {each}' for label, each in sources.items())}"
-        )
-    for note in dict.fromkeys(note for each in found for note in each.get("notes", [])):
-        typer.echo(f"note: {note}")
+        where = ", ".join(f"{label} on {each}" for label, each in sources.items())
+        notes.append(f"trained on other sources: {where}")
+    notes += dict.fromkeys(note for each in found for note in each.get("notes", []))
+    told = [table.about(rows, selection, seeds), *(f"note: {note}" for note in notes)]
+    texts = {path: table.render(rows, path, selection, told) for path in out or []}
+    typer.echo("\n".join([table.markdown(rows), *told]))
     for path, text in texts.items():
         write_text(path, text)
     if plot is not None:

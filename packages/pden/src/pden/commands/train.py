@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,8 @@ def run(
     if seeds is not None:
         from pden.training.seeds import train_seeds
 
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError("--seeds starts processes of its own; call it without torchrun")
         result = train_seeds(settings, options.parse_seeds(seeds), home, runs, jobs=jobs, resume=resume)
         typer.echo(result["table"])
         if json is not None:
@@ -95,5 +98,6 @@ def show(settings: TrainConfig, outcome: Outcome) -> None:
     typer.echo(f"{outcome.folder}: {result['domains']} domains, {result['seconds']:.0f} s of training")
     for name, found in result["selections"].items():
         targets = ", ".join(f"{key} {100 * value:.2f}" for key, value in found.get("targets", {}).items())
-        average = f"; average {100 * found['average']:.2f} % ({targets})" if targets else ""
+        count = len(found.get("targets", {}))
+        average = f"; average of {count}: {100 * found['average']:.2f} % ({targets})" if targets else ""
         typer.echo(f"  {name} (round {found['round']}): source {100 * found['validation']:.2f} %{average}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def save_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path,
         offset = (place - (len(rows) - 1) / 2) * width
         drawn = axes.bar(
             [index + offset for index in range(len(targets))],
-            [100 * row.get(target, (0.0, 0.0))[0] for target in targets],
+            [100 * row.get(target, (nan, nan))[0] for target in targets],
             width * 0.92,
-            yerr=[100 * row.get(target, (0.0, 0.0))[1] for target in targets],
+            yerr=[100 * row.get(target, (nan, nan))[1] for target in targets],
             error_kw={"linewidth": 0.8},
             label=method,
             color=_COLOURS[place % len(_COLOURS)],

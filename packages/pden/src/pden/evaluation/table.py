@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
+from csv import writer as csv_writer
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,12 +114,15 @@ def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv(table: Mapping[str, Mapping[str, Cell]]) -> str:
-    """Comma-separated: method, target, mean, standard deviation, in percent."""
-    lines = ["method,target,mean,std"]
+def csv(table: Mapping[str, Mapping[str, Cell]], selection: str = "") -> str:
+    """Comma-separated: method, target, mean, standard deviation, in percent, and whose weights these are."""
+    file = io.StringIO()
+    writer = csv_writer(file, lineterminator="\n")
+    writer.writerow(["method", "target", "mean", "std", "selection"])
     for label, row in table.items():
-        lines += [f'"{label}","{name}",{100 * mean:.4f},{100 * std:.4f}' for name, (mean, std) in row.items()]
-    return "\n".join(lines) + "\n"
+        for name, (mean, std) in row.items():
+            writer.writerow([label, name, f"{100 * mean:.4f}", f"{100 * std:.4f}", selection])
+    return file.getvalue()
 
 
 def latex(table: Mapping[str, Mapping[str, Cell]]) -> str:
@@ -136,16 +141,33 @@ def latex(table: Mapping[str, Mapping[str, Cell]]) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
-def render(table: Mapping[str, Mapping[str, Cell]], path: Path) -> str:
+def about(table: Mapping[str, Mapping[str, Cell]], selection: str, seeds: Mapping[str, Sequence[int]]) -> str:
+    """A sentence on what a table shows."""
+    count = len(columns(table)) - 1
+    average = (
+        f"; average over {count} target{'s' * (count > 1)}" if any(AVERAGE in row for row in table.values()) else ""
+    )
+    runs = "; ".join(f"{label} {list(each)}" for label, each in seeds.items())
+    return f"selection: {selection}{average}; seeds: {runs}"
+
+
+def render(table: Mapping[str, Mapping[str, Cell]], path: Path, selection: str, notes: Sequence[str]) -> str:
     """The table in the form that the file's suffix asks for: .md, .csv or .tex.
+
+    Args:
+        selection: whose weights were measured; a column in .csv, which has no place for notes.
+        notes: below the table in .md, as comments above it in .tex.
 
     Raises:
         UsageError: another suffix.
     """
-    forms = {".md": markdown, ".csv": csv, ".tex": latex}
-    if path.suffix not in forms:
-        raise UsageError(f"{path}: the table can be .md, .csv or .tex")
-    return forms[path.suffix](table)
+    if path.suffix == ".md":
+        return markdown(table) + "".join(f"\n{note}\n" for note in notes)
+    if path.suffix == ".tex":
+        return "".join(f"% {note}\n" for note in notes) + latex(table)
+    if path.suffix == ".csv":
+        return csv(table, selection)
+    raise UsageError(f"{path}: the table can be .md, .csv or .tex")
 
 
 def _cell(cell: Cell | None, form: str) -> str:

@@ -17,7 +17,7 @@ from expkit.config import to_toml
 from expkit.errors import UsageError
 from expkit.rundir import evidence, require_same
 from pden.data import Home
-from pden.evaluation.table import group, markdown, read_result, summarise
+from pden.evaluation.table import about, group, markdown, read_result, summarise
 from pden.training.config import TrainConfig
 
 
@@ -55,7 +55,8 @@ def train_seeds(
     groups = group(results)
     measured = [{name for name, each in one["selections"].items() if "targets" in each} for one in results]
     found = {name: _figures(results, name) for name in results[0]["selections"] if all(name in m for m in measured)}
-    table = markdown(summarise(groups, "last"))
+    rows = summarise(groups, "last")
+    table = f"{markdown(rows)}\n{about(rows, 'last', {config.name: seeds})}"
     kept = [{"seed": result["seed"], "selections": result["selections"]} for result in results]
     return {**record, "name": config.name, "method": config.method, "seeds": list(seeds), "table": table} | {
         "selections": found,
