@@ -99,6 +99,17 @@ def kind_of(keys: Sequence[str]) -> str:
     return "pden-warp" if any("geometric" in key or "composite" in key for key in keys) else "pden"
 
 
+def ours_without(chosen: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The rows of `OURS_ABLATIONS` that are not the chosen settings themselves."""
+    augmented = any("randaugment" in key for key in chosen)
+    same = {"ours, photometric"} if set(RANDAUGMENT) <= set(chosen) else set()
+    return {
+        label: keys
+        for label, keys in OURS_ABLATIONS.items()
+        if label not in same and (augmented or label != "ours, no-randaugment")
+    }
+
+
 def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     """All trainings of a part, the longest first.
 
@@ -126,7 +137,7 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
     if part == "ablation":
         rounds, steps = ("--rounds", str(ABLATION_ROUNDS)), PRETRAINING + ABLATION_ROUNDS * 3000
         rows = [(label, "digits-paper", kind_of(keys), keys) for label, keys in ABLATIONS.items()]
-        rows += [(label, "digits-ours", "pden-ours", (*chosen, *keys)) for label, keys in OURS_ABLATIONS.items()]
+        rows += [(label, "digits-ours", "pden-ours", (*chosen, *keys)) for label, keys in ours_without(chosen).items()]
         return [
             Job(part, label, config, seed, kind, steps, (*rounds, *settings(*keys)))
             for label, config, kind, keys in rows

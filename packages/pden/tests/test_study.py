@@ -122,6 +122,14 @@ def test_within_a_point_the_choice_is_the_one_nearest_to_the_paper():
     assert study.choose(results)["chosen"] == list(study.CANDIDATES)[1]
 
 
+def test_the_ablation_of_ours_trains_nothing_that_ours_is():
+    assert set(study.ours_without(())) == {"ours, no-randconv", "ours, no-grid", "ours, photometric"}
+    for label, chosen in study.CANDIDATES.items():
+        rows = study.ours_without(chosen)
+        assert ("ours, no-randaugment" in rows) == ("randaugment" in label)
+        assert all(set(keys) - set(chosen) for keys in rows.values())
+
+
 def test_figures_of_other_disguises_are_not_chosen_among():
     results = [result(label, seed, 0.5) for label in study.CANDIDATES for seed in study.CHOICE_SEEDS]
     del results[0]["selections"]["averaged"]["disguises"]["ground"]

@@ -68,8 +68,13 @@ def test_the_encoder_sees_images_from_minus_one_to_one():
     "name",
     [
         "mobilenetv3_small_050",  # features are wider than `num_features`
+        "mobilenetv4_conv_small_035",
+        "ghostnetv2_100",
         "deit_tiny_patch16_224",  # built for one size, which its name does not say
+        "swin_tiny_patch4_window7_224",
+        "mixer_s16_224",
         "efficientvit_b0",  # takes any size, which its name does not say
+        "fastvit_t8",
     ],
 )
 def test_timm_backbones_of_all_kinds_are_encoders(name):
@@ -78,11 +83,38 @@ def test_timm_backbones_of_all_kinds_are_encoders(name):
     assert model.training and model(torch.rand(2, 3, 64, 64)).shape == (2, 3)
 
 
-def test_images_that_a_timm_backbone_does_not_take_are_one_line():
+def test_finding_a_timm_backbones_width_leaves_weights_statistics_and_random_numbers_alone():
+    timm = pytest.importorskip("timm")
+    from pden.models.backbones import timm_encoder
+
+    torch.manual_seed(0)
+    plain, random = timm.create_model("mobilenetv3_small_050", num_classes=0).state_dict(), torch.get_rng_state()
+    torch.manual_seed(0)
+    found = timm_encoder("mobilenetv3_small_050", 3, 64)[0].state_dict()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert found.keys() == plain.keys() and all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("inception_v4", 32),  # its maps become smaller than its kernels
+        ("deit_tiny_patch16_224", 8),  # less than one patch
+        ("crossvit_tiny_240", 32),  # no multiple of its patches
+        ("halonet26t", 32),  # what timm raises says nothing
+    ],
+)
+def test_images_that_a_timm_backbone_does_not_take_are_one_line(name, size):
     pytest.importorskip("timm")
-    with pytest.raises(UsageError, match="takes no images of 32 pixels") as error:
-        build_model("timm:inception_v4", classes=3, size=32)
+    with pytest.raises(UsageError, match=f'"{name}" takes no images of {size} pixels \\(.+\\)$') as error:
+        build_model(f"timm:{name}", classes=3, size=size)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_timm_backbone_is_one_line_with_names_near_it():
+    pytest.importorskip("timm")
+    with pytest.raises(UsageError, match='"mobilenetv3_small"; near it: mobilenetv3_small_050'):
+        build_model("timm:mobilenetv3_small", classes=3)
 
 
 def test_a_timm_backbone_is_an_encoder():

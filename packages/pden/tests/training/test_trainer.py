@@ -306,6 +306,7 @@ def test_segmentation_runs_through_the_same_loop():
         (tiny_dense(), {}, "one label for each pixel"),
         (tiny_dense(), {"model__name": "fcn-small", "method": "augmix"}, "segmentation has pden and erm"),
         (tiny_dense(), {"model__name": "fcn-small", "generator__kinds": ("geometric",)}, "would move the labels"),
+        (tiny_dense(), {"model__name": "fcn-small", "data__randaugment": 1.0}, "would move the labels"),
         (tiny_domain(channels=1), {}, "does not fit the source"),
     ],
 )

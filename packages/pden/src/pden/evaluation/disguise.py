@@ -8,7 +8,7 @@ is lighter than the image. None is a target's recipe here: no photographs, fonts
 
 RandConv, RandAugment and AugMix train on the like, so the figure may choose among settings of PDEN, but does not
 compare it with them. Nor does a disguise tell what a setting that is made alike is worth: "texture" is kind to
-`data.randconv`, "operations" are to geometric domains, "ground" is to `generator.grid`.
+`data.randconv`, "operations" are to geometric domains and `data.randaugment`, "ground" is to `generator.grid`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ def require_fit(config: TrainConfig, source: Domain, validation: Domain, world: 
     height, width = source.images.shape[-2:]
     if config.model.name == "digits" and height != width:
         raise UsageError(f"{source.name}: images of {height}x{width}; model digits takes square ones, wrn-16-4 any")
+    if source.dense and config.data.randaugment:
+        raise UsageError("segmentation takes no data.randaugment: it would move the labels")
     if config.generator.grid > min(height, width):
         raise UsageError(f"generator.grid is {config.generator.grid} on images of {height}x{width}; use a coarser one")
     if source.dense and config.method not in ("pden", "erm"):
