@@ -170,16 +170,19 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
     assert run(*call, "--json", tmp_path / "s.json") == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert found["seeds"] == [0, 1] and found["selections"]["last"]["digits-thick"]["std"] > 0
+    told = "selection: last; average over 1 target; seeds: erm [0, 1]"
+    assert told in found["table"] and told in capsys.readouterr().out
     outs = [tmp_path / f"table{suffix}" for suffix in (".md", ".csv", ".tex")]
     written = [word for out in outs for word in ("--out", out)]
     runs = sorted((tmp_path / "runs").iterdir())
+    for file in (each / name for each in runs for name in ("result.json", "env.json")):
+        assert json.loads(file.read_text())["command"] == found["command"]
     assert run("compare", *runs, *written, "--plot", tmp_path / "c.png", "--json", tmp_path / "c.json") == 0
     assert all(out.read_text() for out in outs) and (tmp_path / "c.png").is_file()
     assert json.loads((tmp_path / "c.json").read_text())["methods"]["erm"]["seeds"] == [0, 1]
-    told = "selection: last; average over 1 target; seeds: erm [0, 1]"
     assert told in capsys.readouterr().out
     assert all(told in out.read_text() for out in outs if out.suffix != ".csv")
-    assert all(",last" in line for out in outs if out.suffix == ".csv" for line in out.read_text().splitlines()[1:])
+    assert all(line.endswith(",last,2") for line in (tmp_path / "table.csv").read_text().splitlines()[1:])
     assert run("compare", *runs, runs[0]) == 2 and "seed 0 is there more than once" in capsys.readouterr().err
     assert run(*call) == 0  # what is there is kept
     assert run(*call, "--set", "optimizer.lr=0.5") == 2 and "changed config: optimizer.lr" in capsys.readouterr().err
@@ -259,10 +262,13 @@ def test_compare_says_where_runs_were_trained_on_and_what_their_figures_want_kno
         call = [*TINY, "--runs", tmp_path, "--name", name, "--source", source, "--target", "syn-like", "--rounds", 0]
         assert run(*call, "--set", "pretrain_steps=2") == 0
     assert "note: digits rendered from fonts, a stand-in for SYN" in capsys.readouterr().err
-    assert run("compare", tmp_path / "a", tmp_path / "b") == 0
+    out = tmp_path / "c.json"
+    assert run("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.md", "--json", out) == 0
     said = capsys.readouterr().out
     assert "trained on other sources: a on digits, b on digits-thick" in said
     assert said.count("a stand-in for SYN") == 1
+    assert set(said.splitlines()) == set((tmp_path / "c.md").read_text().splitlines())
+    assert any("a stand-in for SYN" in note for note in json.loads(out.read_text())["notes"])
 
 
 def test_the_source_cannot_hold_itself_out(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -139,13 +140,28 @@ def test_a_label_is_of_runs_that_differ_in_their_seed_alone():
 
 def test_tables_in_three_forms():
     assert table.markdown(rows()).splitlines()[2] == "| erm | 55.00 ± 7.07 | 30.00 ± 0.00 | 42.50 ± 3.54 |"
-    assert "pden,usps,80.0000,0.0000,averaged" in table.csv(rows(), "averaged")
-    quoted = table.csv({'a "b", c': {"usps": (0.5, 0.0)}})
-    assert next(csv.reader(quoted.splitlines()[1:]))[0] == 'a "b", c'
+    seeds = {"erm": [0, 1], "pden": [0]}
+    lines = table.csv(rows(), "averaged", seeds).splitlines()
+    assert lines[0] == "method,target,mean,std,selection,seeds"
+    assert "erm,svhn_c,30.0000,0.0000,averaged,2" in lines and "pden,usps,80.0000,0.0000,averaged,1" in lines
     latex = table.latex(rows())
     assert r"svhn\_c" in latex and r"\textbf{80.00}" in latex and r"\textbf{55.00}" not in latex
     with pytest.raises(UsageError, match=r"\.md, \.csv or \.tex"):
-        table.render(rows(), Path("table.doc"), "last", [])
+        table.render(rows(), Path("table.doc"), "last", seeds, [])
+
+
+def test_a_csv_reader_reads_any_label_back():
+    text = table.csv({'a "b", c': {"usps": (0.5, 0.0)}}, "last", {'a "b", c': [0]})
+    assert [row["method"] for row in csv.DictReader(text.splitlines())] == ['a "b", c']
+
+
+def test_written_tables_say_what_the_console_does():
+    seeds, notes = {"erm": [0, 1], "pden": [0]}, ["note: digits rendered from fonts, 100 % a stand-in"]
+    told = ["selection: averaged; average over 2 targets; seeds: erm [0, 1]; pden [0]", *notes]
+    below = table.render(rows(), Path("t.md"), "averaged", seeds, notes).splitlines()
+    assert [line for line in below if line and not line.startswith("|")] == told
+    above = table.render(rows(), Path("t.tex"), "averaged", seeds, notes).splitlines()
+    assert above[:2] == [f"% {each}" for each in told] and above[2].startswith(r"\begin{tabular}")
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -168,6 +184,21 @@ def test_charts_are_pictures(tmp_path):
     save_bars(rows(), tmp_path / "bars.png", title="t")
     for name in ("curve.png", "bars.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_target_that_a_row_lacks_has_no_bar(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, **k: drawn.append(figure.axes[0]) or save(figure, *a, **k)
+    )
+    save_bars({"a": {"usps": (0.5, 0.1)}, "b": {"svhn": (0.4, 0.1)}}, tmp_path / "bars.png", title="t")
+    (axes,) = drawn
+    assert [math.isnan(bar.get_height()) for bar in axes.patches] == [False, True, True, False]
+    assert [text.get_text() for text in axes.texts] == ["50", "", "", "40"]
+    assert axes.get_xlim() == (-0.5, 1.5)
 
 
 def test_the_curve_shows_the_disguised_source_where_it_was_measured(tmp_path, monkeypatch):

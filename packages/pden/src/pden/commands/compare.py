@@ -40,9 +40,9 @@ def run(
         where = ", ".join(f"{label} on {each}" for label, each in sources.items())
         notes.append(f"trained on other sources: {where}")
     notes += dict.fromkeys(note for each in found for note in each.get("notes", []))
-    told = [table.about(rows, selection, seeds), *(f"note: {note}" for note in notes)]
-    texts = {path: table.render(rows, path, selection, told) for path in out or []}
-    typer.echo("\n".join([table.markdown(rows), *told]))
+    lines = [f"note: {note}" for note in notes]
+    texts = {path: table.render(rows, path, selection, seeds, lines) for path in out or []}
+    typer.echo("\n".join([table.markdown(rows), table.about(rows, selection, seeds), *lines]))
     for path, text in texts.items():
         write_text(path, text)
     if plot is not None:
@@ -55,4 +55,4 @@ def run(
             }
             for label, row in rows.items()
         }
-        write_json(json, {**record, "selection": selection, "methods": methods})
+        write_json(json, {**record, "selection": selection, "methods": methods, "notes": notes})

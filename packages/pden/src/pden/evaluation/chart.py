@@ -74,6 +74,7 @@ def save_bars(rows: Mapping[str, Mapping[str, tuple[float, float]]], path: Path,
         )
         axes.bar_label(drawn, fmt="%.0f", padding=2, fontsize=6)
     axes.set_xticks(range(len(targets)), targets, rotation=20 if len(targets) > 5 else 0)
+    axes.set_xlim(-0.5, len(targets) - 0.5)  # also where an outer bar is missing
     axes.set_ylabel("%")
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)

@@ -114,14 +114,14 @@ def markdown(table: Mapping[str, Mapping[str, Cell]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def csv(table: Mapping[str, Mapping[str, Cell]], selection: str = "") -> str:
-    """Comma-separated: method, target, mean, standard deviation, in percent, and whose weights these are."""
+def csv(table: Mapping[str, Mapping[str, Cell]], selection: str, seeds: Mapping[str, Sequence[int]]) -> str:
+    """Comma-separated: method, target, mean, standard deviation, in percent, the weights measured, how many seeds."""
     file = io.StringIO()
     writer = csv_writer(file, lineterminator="\n")
-    writer.writerow(["method", "target", "mean", "std", "selection"])
+    writer.writerow(["method", "target", "mean", "std", "selection", "seeds"])
     for label, row in table.items():
         for name, (mean, std) in row.items():
-            writer.writerow([label, name, f"{100 * mean:.4f}", f"{100 * std:.4f}", selection])
+            writer.writerow([label, name, f"{100 * mean:.4f}", f"{100 * std:.4f}", selection, len(seeds[label])])
     return file.getvalue()
 
 
@@ -151,22 +151,30 @@ def about(table: Mapping[str, Mapping[str, Cell]], selection: str, seeds: Mappin
     return f"selection: {selection}{average}; seeds: {runs}"
 
 
-def render(table: Mapping[str, Mapping[str, Cell]], path: Path, selection: str, notes: Sequence[str]) -> str:
-    """The table in the form that the file's suffix asks for: .md, .csv or .tex.
+def render(
+    table: Mapping[str, Mapping[str, Cell]],
+    path: Path,
+    selection: str,
+    seeds: Mapping[str, Sequence[int]],
+    notes: Sequence[str],
+) -> str:
+    """The table in the form that the file's suffix asks for: .md, .csv or .tex, with what `about` says of it.
 
     Args:
-        selection: whose weights were measured; a column in .csv, which has no place for notes.
-        notes: below the table in .md, as comments above it in .tex.
+        selection: which weights were measured.
+        seeds: those of each row.
+        notes: below the table in .md, as comments above it in .tex; .csv has no place for them.
 
     Raises:
         UsageError: another suffix.
     """
+    told = [about(table, selection, seeds), *notes]
     if path.suffix == ".md":
-        return markdown(table) + "".join(f"\n{note}\n" for note in notes)
+        return markdown(table) + "".join(f"\n{each}\n" for each in told)
     if path.suffix == ".tex":
-        return "".join(f"% {note}\n" for note in notes) + latex(table)
+        return "".join(f"% {each}\n" for each in told) + latex(table)
     if path.suffix == ".csv":
-        return csv(table, selection)
+        return csv(table, selection, seeds)
     raise UsageError(f"{path}: the table can be .md, .csv or .tex")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -47,9 +48,10 @@ def train_seeds(
         for seed in open_seeds:
             file = Path(folder) / f"{seed}.toml"
             write_text(file, configs[seed])
-            command = [sys.executable, "-m", "pden", "train", "--config", str(file), "--runs", str(runs)]
-            command += ["--data-dir", str(home.folders[0])] if len(home.folders) > 1 else []
-            commands.append(command + (["--resume"] if resume and (runs / names[seed]).is_dir() else []))
+            arguments = ["train", "--config", str(file), "--runs", str(runs)]
+            arguments += ["--data-dir", str(home.folders[0])] if len(home.folders) > 1 else []
+            arguments += ["--resume"] if resume and (runs / names[seed]).is_dir() else []
+            commands.append(_start(arguments, record["command"]))
         _run_all(commands, jobs, config.name)
     results = [read_result(runs / name) for name in names.values()]
     groups = group(results)
@@ -68,6 +70,13 @@ def train_seeds(
 def _figures(results: Sequence[dict[str, Any]], selection: str) -> dict[str, Any]:
     (row,) = summarise({"all": results}, selection).values()
     return {name: {"mean": mean, "std": std} for name, (mean, std) in row.items()}
+
+
+def _start(arguments: Sequence[str], told: str) -> list[str]:
+    """A process that runs `pden ARGUMENTS` and records `told` as its command: ARGUMENTS name a temporary file."""
+    imports = "import sys; from expkit.cli import main; from pden.cli import build"
+    argv = f"sys.argv = {shlex.split(told)}"  # which `evidence` reads
+    return [sys.executable, "-c", f"{imports}; {argv}; main(build(), {list(arguments)})"]
 
 
 def _run_all(commands: Sequence[list[str]], jobs: int, name: str) -> None:
