@@ -39,9 +39,8 @@ def test_readme_commands_and_python_run(tmp_path, monkeypatch, capsys):
         assert run([*words, *SHORT.get(words[0], [])]) == 0, (line, capsys.readouterr().err)
     python = next(block for block in blocks if block.startswith("python")).removeprefix("python")
     exec(compile(python, str(README), "exec"), {"__name__": "readme"})
-    assert (
-        (tmp_path / "task.pt").is_file() and (tmp_path / "table.tex").is_file() and (tmp_path / "demo.json").is_file()
-    )
+    assert run(["eval", "runs/mine", "--target", "digits-thick"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "table.tex").is_file()
     demo = json.loads((tmp_path / "demo.json").read_text())["methods"]
     assert set(demo) == {"erm", "pden"} and all(len(each["targets"]) == 5 for each in demo.values())
     for method in demo.values():

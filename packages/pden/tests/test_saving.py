@@ -13,6 +13,7 @@ from expkit.errors import UsageError
 from pden.generators import build_generator
 from pden.models import build_model
 from pden.saving import save_model
+from tiny_domains import tiny_config, tiny_domain
 
 MODEL = {"name": "digits", "classes": 3, "channels": 3, "size": 16, "width": 0.1, "embedding": 8}
 
@@ -29,6 +30,24 @@ def test_a_saved_model_comes_back(tmp_path):
     torch.manual_seed(0)
     model, images = build_model(**MODEL).eval(), torch.rand(2, 3, 16, 16)
     assert torch.equal(found.model(images), model(images)) and len(found.generators) == 1
+
+
+def test_a_trainer_with_data_of_ones_own_is_saved_and_takes_images_of_that_size(tmp_path):
+    source, validation = tiny_domain(), tiny_domain(24, seed=1)
+    trainer = pden.Trainer(tiny_config(data__size=32), source, validation)
+    with pytest.raises(UsageError, match="pre-training is not done"):
+        pden.save(trainer, tmp_path)
+    while not trainer.done:
+        trainer.step()
+    pden.save(trainer, tmp_path)
+    found = pden.load(tmp_path, "averaged")
+    assert (found.size, found.shape, found.source) == (16, (16, 16), source.name)
+    assert len(found.generators) == len(found.domains) == len(trainer.pool) == 2
+    images = validation.images[:4]
+    assert trainer.averaged is not None
+    assert torch.equal(found.model(images / 255), trainer.averaged.eval()(images / 255))
+    assert not torch.equal(found.model(images / 255), pden.load(tmp_path).model(images / 255))
+    assert found.predict(validation.images)[0].shape == (24,)
 
 
 def change(path: Path, **values) -> None:

@@ -1,7 +1,7 @@
 """Single domain generalization by progressive domain expansion.
 
-``pden.load`` gives a trained model and its generators; ``pden.Trainer`` is the loop, and generators, losses, models and
-data are usable alone.
+``pden.load`` gives a trained model and its generators; ``pden.Trainer`` is the loop, whose outcome ``pden.save`` keeps;
+generators, losses, models and data are usable alone.
 """
 
 from __future__ import annotations
@@ -9,11 +9,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Domain", "Expanded", "Home", "TrainConfig", "Trainer", "__version__", "from_dataset", "load", "load_domain"]
+__all__ = [
+    "Domain",
+    "Expanded",
+    "Home",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "from_dataset",
+    "load",
+    "load_domain",
+    "save",
+]
 
 if TYPE_CHECKING:
     from pden.data import Domain, Home, from_dataset, load_domain
-    from pden.saving import Expanded, load
+    from pden.saving import Expanded, load, save
     from pden.training.config import TrainConfig
     from pden.training.trainer import Trainer
 
@@ -26,6 +37,7 @@ _HOMES = {
     "from_dataset": "data",
     "load": "saving",
     "load_domain": "data",
+    "save": "saving",
 }
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from expkit.errors import UsageError
 from pden.data.domain import fit_images, to_uint8
 from pden.generators import Generator, build_generator, generator_settings
 from pden.models import TaskModel, build_model
+
+if TYPE_CHECKING:
+    from pden.training.trainer import Trainer
 
 SELECTIONS = ("last", "averaged", "source-validation")
 
@@ -68,6 +71,34 @@ class Expanded:
         probabilities = torch.cat(parts)
         top = probabilities.max(dim=1)
         return top.indices, top.values
+
+
+def save(trainer: Trainer, run: str | Path, *, source: str = "", validation: str = "") -> None:
+    """Write what `load` reads: a trainer's model, its other weights, and the generators of its accepted domains.
+
+    Args:
+        trainer: pre-trained at least; of a round that is not done, the model is kept and the domain is not.
+        run: a folder, made where there is none.
+        source, validation: what `load_domain` knows the data by; the source's name where it is nothing of the kind.
+
+    Raises:
+        UsageError: nothing is trained yet.
+    """
+    config, images = trainer.config, trainer.source.images
+    if trainer.clock.stage == "pretrain":
+        raise UsageError("nothing to save: pre-training is not done")
+    weights = {"last": trainer.task.state_dict(), "source-validation": trainer.best.tensors}
+    if trainer.averaged is not None:
+        weights["averaged"] = trainer.averaged.state_dict()
+    channels = images.shape[1]
+    model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}
+    model |= {"size": trainer.size, "width": config.model.width, "embedding": config.model.embedding}
+    settings = {"model": model, "classes": trainer.source.classes, "channels": channels}
+    settings["shape"] = list(images.shape[-2:])
+    settings["size"] = config.data.size and trainer.size  # which data of one's own need not have been fitted to
+    settings |= {"source": source or trainer.source.name, "validation": validation}
+    settings["domains"] = [each.plain() for each in trainer.reports if each.verdict in ("accepted", "recorded")]
+    save_model(Path(run) / "model", settings, weights, trainer.pool)
 
 
 def save_model(

@@ -22,9 +22,8 @@ def measure_round(
     """
     entry: dict[str, Any] = {"round": number, "step": trainer.clock.total}
     entry["last"] = figures(trainer.task, trainer.validation, targets, disguised)
-    if trainer.average is not None and number >= trainer.config.averaging.from_round:  # before, it is nothing's average
-        average: TaskModel = trainer.average.module  # type: ignore[assignment]
-        entry["averaged"] = figures(average, trainer.validation, targets, disguised)
+    if trainer.averaged is not None:
+        entry["averaged"] = figures(trainer.averaged, trainer.validation, targets, disguised)
     return entry
 
 

@@ -20,7 +20,7 @@ from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
 from pden.evaluation.disguise import disguises
 from pden.evaluation.targets import absent_note, load_targets, place, shared_notes, with_classes
-from pden.saving import save_model
+from pden.saving import save
 from pden.training.config import TrainConfig
 from pden.training.history import figures, measure_round, selections
 from pden.training.state import capture, restore
@@ -276,24 +276,10 @@ class _Job:
             "processes": trainer.world.size,
             "config": to_toml(config),
         }
-        self._save_model([each for each in reports if each["verdict"] in ("accepted", "recorded")])
+        save(trainer, self.run.path, source=config.data.source, validation=config.data.validation)
         self._draw()
         write_json(self.run.path / "result.json", result)
         return Outcome(self.run.path, result)
-
-    def _save_model(self, domains: list[dict[str, Any]]) -> None:
-        assert self.run is not None
-        trainer, config = self.trainer, self.trainer.config
-        weights = {"last": trainer.task.state_dict(), "source-validation": trainer.best.tensors}
-        if trainer.average is not None and "averaged" in self.history[-1]:
-            weights["averaged"] = trainer.average.module.state_dict()
-        channels = trainer.source.images.shape[1]
-        model = {"name": config.model.name, "classes": len(trainer.source.classes), "channels": channels}
-        model |= {"size": trainer.size, "width": config.model.width, "embedding": config.model.embedding}
-        settings = {"model": model, "classes": trainer.source.classes, "size": config.data.size, "channels": channels}
-        settings |= {"shape": list(trainer.source.images.shape[-2:])}
-        settings |= {"source": config.data.source, "validation": config.data.validation, "domains": domains}
-        save_model(self.run.path / "model", settings, weights, trainer.pool)
 
     def _draw(self) -> None:
         from pden.evaluation.chart import save_curve

@@ -60,7 +60,7 @@ class Trainer:
 
     Attributes:
         task: the task model.
-        average: its averaged weights, or None.
+        average: its running average, or None.
         pool: generators of the accepted domains, frozen.
         best: selected on the validation images, by round.
         clock: where the run stands.
@@ -114,6 +114,15 @@ class Trainer:
     def reports(self) -> list[DomainReport]:
         """The gate's reports so far."""
         return [] if self.gatekeeper is None else self.gatekeeper.reports
+
+    @property
+    def averaged(self) -> TaskModel | None:
+        """The model of averaged weights, after the first round that is averaged; before, it is nothing's average."""
+        ended = min(self.clock.round - (not self.done), self.config.rounds)
+        if self.average is None or ended < self.config.averaging.from_round:
+            return None
+        model: TaskModel = self.average.module  # type: ignore[assignment]
+        return model
 
     @property
     def done(self) -> bool:
