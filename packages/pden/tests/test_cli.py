@@ -215,7 +215,6 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["train", "--preset", "tiny", "--seeds", "many", "--target", "usps"], "write a count"),
         (["train", "--preset", "tiny", "--seeds", "2"], "name at least one with --target"),
         (["train", "--preset", "tiny", "--dtype", "fp16"], "float16 is not supported"),
-        (["train", "--preset", "tiny", "--target", "syn-like", "--set", "data.channels=1"], "the model takes 1"),
         (["eval", "nowhere", "--target", "usps"], "no trained model"),
         (["eval", "nowhere"], "--target"),
         (["predict", "nowhere", "none.png"], "no trained model"),

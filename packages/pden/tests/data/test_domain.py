@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from expkit.errors import UsageError
 from pden.data import Domain, Home, from_dataset, load_domain, parse_target
@@ -49,9 +50,14 @@ def test_fitting_resizes_bilinearly_and_copies_grey():
     assert domain.fitted(0, 1).images.shape == (4, 1, 16, 16)
 
 
-def test_colour_is_not_made_grey_silently():
-    with pytest.raises(UsageError, match="3 channels; the model takes 1"):
-        tiny_domain(4).fitted(16, 1)
+def test_one_channel_of_colour_is_its_luminance_as_in_a_folder():
+    colour = tiny_domain(4)
+    grey = colour.fitted(16, 1).images
+    for image, found in zip(colour.images, grey, strict=True):
+        naive = pil_to_tensor(to_pil_image(image).convert("L"))
+        assert (found.float() - naive.float()).abs().max() <= 1
+    with pytest.raises(UsageError, match="2 channels; the model takes 1"):
+        fit_images(colour.images[:, :2], 16, 1, "d")
 
 
 def test_a_split_is_by_class_disjoint_and_the_same_again():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 
 from expkit.device import described
 from expkit.errors import UsageError
@@ -86,11 +87,8 @@ class Domain:
         return self.images[index].float() / 255, self.labels[index]
 
     def fitted(self, size: int, channels: int) -> Domain:
-        """Bilinear resize to `size` (0 leaves sizes alone), and grey copied to colour channels.
-
-        Raises:
-            UsageError: colour images where one channel is wanted.
-        """
+        """Bilinear resize to `size` (0 leaves sizes alone); grey is copied to three channels, of colour one channel is
+        the luminance."""
         images, labels = fit_images(self.images, size, channels, self.name), self.labels
         if self.dense and size and labels.shape[-2:] != images.shape[-2:]:
             labels = F.interpolate(labels[:, None].float(), images.shape[-2:], mode="nearest")[:, 0].long()
@@ -117,6 +115,9 @@ def fit_images(images: Tensor, size: int | tuple[int, int], channels: int, name:
     """uint8 images ``(count, channels, height, width)`` at `size` pixels with `channels` channels.
 
     `size` is the shorter side of images that keep their shape (0 leaves them alone), or height and width.
+
+    Raises:
+        UsageError: neither 1 nor 3 channels, and others are wanted.
     """
     shape = list(images.shape[-2:])
     if isinstance(size, tuple):
@@ -133,6 +134,9 @@ def fit_images(images: Tensor, size: int | tuple[int, int], channels: int, name:
         )
     if images.shape[1] == channels:
         return images
+    if (images.shape[1], channels) == (3, 1):
+        grey: Tensor = rgb_to_grayscale(images)
+        return grey
     if images.shape[1] != 1:
         raise UsageError(f"{name}: images of {images.shape[1]} channels; the model takes {channels}")
     return images.expand(-1, channels, -1, -1).contiguous()
@@ -167,7 +171,6 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
         UsageError: an empty dataset or none of this kind, or sizes that differ.
     """
     from PIL.Image import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
 
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UsageError(f"{name}: a {type(dataset).__name__} has no length or no items; needed is a map-style dataset")

@@ -28,7 +28,7 @@ class DataConfig:
         disguised: how many held-out images each round is also measured on in disguise, a figure that settings may be
             chosen by without a target (pden.evaluation.disguise); 0 leaves it out. It decides nothing in a run.
         size: side of the images after bilinear resizing; 0 leaves images as they are.
-        channels: 3 copies grey images; 1 refuses colour.
+        channels: 3 copies grey images; 1 takes the luminance of colour.
         augment: of the source in every method: "crop-flip" pads by an eighth, crops and mirrors.
         randaugment: share of the rounds' batches, in every method, on which RandAugment works first (ours).
         randconv: share of the rounds' batches, in every method, that go through a random convolution first (ours:
