@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expkit.config import flatten, load_config, to_toml
+from expkit.config import flatten, load_config, parse_setting, to_toml
 from expkit.errors import UsageError
 
 
@@ -120,6 +120,37 @@ def test_a_missing_required_key_is_named_with_its_table() -> None:
 
 def test_the_dataclasss_own_check_is_wrong_use() -> None:
     assert "steps = -1 is negative" in refusal(Needs, {"steps": -1})
+
+
+@pytest.mark.parametrize("key", ["step", "names", "optimizer.lrr", "optimizer.betas", "optimizr.lr"])
+def test_the_file_is_blamed_for_its_own_keys_alone(key: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "steps = 3\n")
+    assert str(path) not in refusal(Config, {key: [1]}, path)
+    table, _, name = key.rpartition(".")
+    path.write_text(f"[{table}]\n{name} = [1]\n" if table else f"{name} = [1]\n")
+    for overrides in ({}, {"limit": 3}):
+        assert str(path) in refusal(Config, overrides, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
+        (" steps = 5", "steps", 5),
+        ('names=["a", "b"]', "names", ["a", "b"]),
+        ("data=a/b=c", "data", "a/b=c"),
+        ("bf16=true", "bf16", True),
+        ("data=", "data", ""),
+    ],
+)
+def test_a_setting_is_a_key_and_a_toml_value_or_a_string(text: str, key: str, value: Any) -> None:
+    assert parse_setting(text) == (key, value)
+
+
+@pytest.mark.parametrize("text", ["steps", "=3", " ", ""])
+def test_a_setting_without_key_or_value_is_wrong_use(text: str) -> None:
+    with pytest.raises(UsageError, match="expected KEY=VALUE"):
+        parse_setting(text)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from coral_spec.bench.methods import parse_methods
-from coral_spec.commands.train import parse_setting
 from coral_spec.heads.choose import HeadChoice
 from coral_spec.training.config import TrainConfig
-from expkit.config import load_config
+from expkit.config import load_config, parse_setting
 
 
 def load_study() -> ModuleType:

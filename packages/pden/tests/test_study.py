@@ -25,8 +25,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import study_jobs as study  # noqa: E402
 import study_tables as tables  # noqa: E402
 
-from expkit.config import load_config  # noqa: E402
-from pden.commands.options import parse_setting  # noqa: E402
+from expkit.config import load_config, parse_setting  # noqa: E402
 from pden.training.config import TrainConfig  # noqa: E402
 
 GPUS = ("0", "1")

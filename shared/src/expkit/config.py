@@ -29,14 +29,30 @@ def load_config(cls: type[T], path: Path | None = None, overrides: Mapping[str, 
 
     Raises:
         UsageError: missing or malformed file, unknown key (the nearest known one is named), wrong type,
-            missing required key, or a ValueError from the dataclass's own `__post_init__`.
+            missing required key, or a ValueError from the dataclass's own `__post_init__`. It names the file, unless
+            the fault is in an override.
     """
     table = _read_toml(path) if path is not None else {}
     source = str(path) if path is not None else "configuration"
-    for key, value in (overrides or {}).items():
-        if value is not None:
-            _set_dotted(table, key, value, source)
-    return typing.cast(T, _Reader(cls, source).build(cls, table))
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    for key, value in given.items():
+        _set_dotted(table, key, value)
+    return typing.cast(T, _Reader(cls, source, tuple(given)).build(cls, table))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """`optimizer.lr=1e-3`, from a flag `--set`, as an override: the value is TOML, or a plain string where it is none.
+
+    Raises:
+        UsageError: there is no "=".
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
 
 
 def to_toml(config: object) -> str:
@@ -72,24 +88,29 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
-def _set_dotted(table: dict[str, Any], key: str, value: Any, source: str) -> None:
+def _set_dotted(table: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise UsageError(f'{source}: "{parent}" in "{key}" is not a table')
+            raise UsageError(f'"{parent}" in "{key}" is not a table')
     table[last] = value
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Turns tables into dataclasses; knows the outermost class and the file only to say where it hurts."""
+    """Turns tables into dataclasses; knows the outermost class, the file and the keys of overrides only to say where it
+    hurts."""
 
     root: type
     source: str
+    overrides: tuple[str, ...] = ()
 
-    def fail(self, message: str) -> UsageError:
-        return UsageError(f"{self.source}: {message}")
+    def fail(self, message: str, name: str = "") -> UsageError:
+        """An error at a key, or at none in particular: then the file is at fault for certain if nothing overrode it."""
+        key, given = f"{name.partition('[')[0]}.", [f"{each}." for each in self.overrides]
+        own = any(key.startswith(each) or each.startswith(key) for each in given) if name else bool(given)
+        return UsageError(message if own else f"{self.source}: {message}")
 
     def build(self, cls: Any, table: Mapping[str, Any], prefix: str = "") -> Any:
         hints = typing.get_type_hints(cls)
@@ -97,14 +118,14 @@ class _Reader:
         for key in table:
             if key not in known:
                 nearest = _nearest(prefix + key, self.root)
-                raise self.fail(f'unknown key "{prefix}{key}"; did you mean "{nearest}"?')
+                raise self.fail(f'unknown key "{prefix}{key}"; did you mean "{nearest}"?', prefix + key)
         values: dict[str, Any] = {}
         for name, field in known.items():
             if name in table:
                 values[name] = self.convert(table[name], hints[name], prefix + name)
             elif field.default is MISSING and field.default_factory is MISSING:
                 if not is_dataclass(hints[name]):
-                    raise self.fail(f'required key "{prefix}{name}" is missing')
+                    raise self.fail(f'required key "{prefix}{name}" is missing', prefix + name)
                 values[name] = self.build(hints[name], {}, f"{prefix}{name}.")
         try:
             return cls(**values)
@@ -121,7 +142,7 @@ class _Reader:
         if origin is Literal:
             if (type(value), value) in [(type(each), each) for each in arguments]:
                 return value
-            raise self.fail(f"{name} = {value!r} is not one of {', '.join(map(repr, arguments))}")
+            raise self.fail(f"{name} = {value!r} is not one of {', '.join(map(repr, arguments))}", name)
         if origin is tuple and isinstance(value, (list, tuple)):
             return self.convert_tuple(value, arguments, name)
         if is_dataclass(hint) and isinstance(value, Mapping):
@@ -132,13 +153,13 @@ class _Reader:
             return Path(value)
         if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or type(value) is not bool):
             return value
-        raise self.fail(f"{name} = {value!r} is not {_describe(hint)}")
+        raise self.fail(f"{name} = {value!r} is not {_describe(hint)}", name)
 
     def convert_tuple(self, value: Sequence[Any], arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:
         if arguments[-1] is Ellipsis:
             arguments = (arguments[0],) * len(value)
         if len(arguments) != len(value):
-            raise self.fail(f"{name} has {len(value)} entries where {len(arguments)} are needed")
+            raise self.fail(f"{name} has {len(value)} entries where {len(arguments)} are needed", name)
         pairs = zip(value, arguments, strict=True)
         return tuple(self.convert(each, hint, f"{name}[{index}]") for index, (each, hint) in enumerate(pairs))
 

@@ -33,7 +33,7 @@ def run(
 ) -> None:
     """Answers, a drafter, its router; with torchrun on any number of GPUs. Writes runs/NAME/drafter."""
     from coral_spec.training.config import TrainConfig
-    from expkit.config import load_config
+    from expkit.config import load_config, parse_setting
     from expkit.distributed import join, leave
 
     overrides: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
@@ -77,22 +77,3 @@ def said(stage: str, result: dict[str, Any]) -> str:
     if stage == "router":
         return f"{result['held_out_mass']:.3f} of the target's mass in {result['rows']:,} rows"
     return f"rank {result['rank']} agrees with the target at {result['held_out_agreed']:.3f} of positions"
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`optimizer.lr=1e-3` as key and value; the value is read as TOML, or as a plain string where it is none.
-
-    Raises:
-        UsageError: there is no "=".
-    """
-    import tomllib
-
-    from expkit.errors import UsageError
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()

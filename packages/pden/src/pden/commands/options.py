@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,21 +24,6 @@ Target = Annotated[
     list[str] | None,
     typer.Option(help="Domain to measure on: a name, a folder, FILE.npz#x,y, or NAME=one of these. May be repeated."),
 ]
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`optimizer.lr=1e-3` as key and value; the value is read as TOML, or as a plain string where it is none.
-
-    Raises:
-        UsageError: there is no "=".
-    """
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=1e-3")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
 
 
 def parse_seeds(text: str) -> list[int]:

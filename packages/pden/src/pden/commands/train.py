@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Train; with torchrun on any number of processes. Writes runs/NAME with the model, figures, curve and gallery."""
     from expkit.checkpoint import write_json
-    from expkit.config import load_config
+    from expkit.config import load_config, parse_setting
     from expkit.distributed import join, leave
     from expkit.errors import UsageError
     from expkit.rundir import config_to_resume
@@ -47,7 +47,7 @@ def run(
 
     if config is not None and preset is not None:
         raise UsageError("give --config or --preset, not both; --set changes single keys")
-    overrides: dict[str, Any] = dict(options.parse_setting(text) for text in set_ or [])
+    overrides: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
     flags = {
         "name": name,
         "method": method,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -62,25 +62,6 @@ def parse_number(text: str | None, name: str) -> float | None:
         return float(above) / float(below) if slash else float(above)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{name} is {text!r}; expected a number such as 0.03 or 8/255") from None
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """`optimizer.lr=1e-3` as key and value; the value is read as TOML, or as a plain string where it is none.
-
-    Raises:
-        UsageError: there is no "=".
-    """
-    import tomllib
-
-    from expkit.errors import UsageError
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"--set {text!r}: expected KEY=VALUE, for example optimizer.lr=0.05")
-    try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key.strip(), value.strip()
 
 
 def corrupt_policy(corrupt: str) -> CorruptPolicy:

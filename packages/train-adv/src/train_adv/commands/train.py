@@ -42,7 +42,7 @@ def run(
 ) -> None:
     """Train; with torchrun on any number of GPUs. Leaves runs/NAME/{best,last}.safetensors and result.json."""
     from expkit.checkpoint import write_json
-    from expkit.config import load_config
+    from expkit.config import load_config, parse_setting
     from expkit.distributed import join, leave
     from expkit.rundir import config_to_resume
     from train_adv.training.config import TrainConfig
@@ -67,7 +67,7 @@ def run(
         "device": device,
         "dtype": dtype,
     }
-    overrides: dict[str, Any] = dict(options.parse_setting(text) for text in set_ or [])
+    overrides: dict[str, Any] = dict(parse_setting(text) for text in set_ or [])
     given = {key: value for key, value in flags.items() if value is not None}  # or they would hide --set
     settings = load_config(TrainConfig, config, {**overrides, **given})
     if resume:
