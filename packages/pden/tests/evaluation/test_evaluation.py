@@ -186,6 +186,13 @@ def test_charts_are_pictures(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_round_that_only_its_last_weights_were_measured_in_is_drawn(tmp_path):
+    entries = history()
+    entries[1]["averaged"] = {"validation": 0.5}  # as of the round that the source chose, without target_every
+    save_curve(entries, tmp_path / "curve.png", title="t")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_target_that_a_row_lacks_has_no_bar(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

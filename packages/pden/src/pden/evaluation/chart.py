@@ -36,7 +36,7 @@ def save_curve(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) 
     for (name, value), colour in zip(lines, _COLOURS, strict=False):
         shown = [entry["round"] for entry in measured]
         axes.plot(shown, [100 * value(entry["last"]) for entry in measured], color=colour, label=name, marker=".")
-        averaged = [entry for entry in measured if "averaged" in entry]
+        averaged = [entry for entry in measured if "targets" in entry.get("averaged", {})]
         points = [100 * value(entry["averaged"]) for entry in averaged]
         axes.plot([entry["round"] for entry in averaged], points, color=colour, linestyle="--", linewidth=0.9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
