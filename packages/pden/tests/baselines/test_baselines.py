@@ -14,6 +14,7 @@ from pden.baselines import BASELINES, Ada, AugMix, MeAda, RandAugment, RandConv,
 from pden.baselines.ada import entropy
 from pden.baselines.augmix import jensen_shannon
 from pden.baselines.operations import NAMES, dirichlet, operate, posterize_strongly, random_operation
+from pden.baselines.randconv import convolved
 from pden.models import build_model
 from pden.training.stream import Stream
 from tiny_domains import finish, tiny_domain, tiny_trainer, weights
@@ -217,6 +218,22 @@ def test_a_random_convolution_is_mixed_with_the_image_and_of_every_size(monkeypa
         wanted = share * (images * 2 - 1) + (1 - share) * made[-1]
         assert torch.allclose(found, (wanted + 1) / 2, atol=1e-5)
     assert sizes == {1, 3, 5, 7}
+
+
+def test_drawn_convolutions_are_those_of_a_batch_within_a_frame_of_zeros():
+    images = pictures()
+    for seed in range(20):
+        stream = Stream(CPU, seed)
+        kernels, keep = RandConv().draw(2, 3, 1.0, stream)
+        again = Stream(CPU, seed)
+        for kernel, share in zip(kernels, keep, strict=True):
+            again.host.random()  # whether it is convolved
+            wanted = RandConv().convolved(images, again)
+            assert torch.allclose(convolved(images, kernel, share), wanted, atol=1e-5)
+    kernels, keep = RandConv().draw(400, 3, 0.25, Stream(CPU, 1))
+    alone = keep == 1
+    assert 0.65 < alone.float().mean() < 0.85 and not kernels[alone].any()
+    assert torch.allclose(convolved(images, kernels[alone][0], keep[alone][0]), images, atol=1e-6)
 
 
 def test_augmix_applies_its_chains():

@@ -97,6 +97,14 @@ def test_recorded_steps_have_the_gradients_of_plain_ones(kinds, dtype):
 
 
 @pytest.mark.gpu
+def test_recorded_steps_of_textured_views_have_the_gradients_of_plain_ones():
+    run = make_trainer(rounds=3, data__randconv=0.5, data__randconv_of="views")
+    seen = watch(run)
+    finish(run)
+    assert seen.count("tune") == 3 * 6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["joint", "split", "source", "frozen"])
 def test_recorded_steps_move_statistics_as_plain_ones(policy):
     run = make_trainer(model__name="wrn-10-1", model__batch_norm=policy, rounds=3)

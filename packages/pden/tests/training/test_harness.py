@@ -14,12 +14,12 @@ from pden.baselines.randaugment import RandAugment
 from pden.baselines.randconv import RandConv
 from pden.data import Home
 from pden.evaluation import disguise
-from pden.training import gatekeeper, run, trainer
+from pden.training import gatekeeper, run, steps, trainer
 from pden.training.config import METHODS, AveragingConfig, OptimizerConfig
 from pden.training.history import measure_round
 from pden.training.state import capture, restore
 from pden.training.stream import Stream
-from pden.training.views import draw_views
+from pden.training.views import draw_views, forward_views, make_views
 from tiny_domains import finish, tiny_config, tiny_domain, tiny_trainer, weights
 
 CPU = torch.device("cpu")
@@ -149,6 +149,26 @@ def test_a_share_of_the_rounds_batches_is_augmented_before_it_is_textured():
     images = RandAugment().views(images, stream)
     stream.host.random()
     assert torch.equal(both._batch(4, Stream(CPU, 1))[0], RandConv().convolved(images, stream))
+
+
+def test_views_are_textured_each_by_itself_and_only_for_the_task_model(monkeypatch):
+    textured, plain = tiny_trainer(data__randconv=1.0, data__randconv_of="views"), tiny_trainer()
+    for each in (textured, plain):
+        each.clock.stage = "round"
+    assert torch.equal(textured._batch(4, Stream(CPU, 1))[0], plain._batch(4, Stream(CPU, 1))[0])
+    textured, seen = tiny_trainer(data__randconv=1.0, data__randconv_of="views"), []
+    monkeypatch.setattr(
+        steps, "forward_views", lambda model, views, policy: seen.append(views) or forward_views(model, views, policy)
+    )
+    made = []
+    monkeypatch.setattr(steps, "make_views", lambda *given: made.append(make_views(*given)) or made[-1])
+    finish(textured)
+    assert len(made[0]) == 2 and len(made[-1]) == 4
+    for views, before in zip(seen, made, strict=True):
+        changed = [float((one - other).abs().mean()) for one, other in zip(views, before, strict=True)]
+        assert min(changed) > 0 and len(set(changed)) == len(changed)
+    with pytest.raises(ValueError, match="for method pden"):
+        tiny_trainer(method="erm", data__randconv_of="views")
 
 
 def test_the_round_that_labels_the_source_best_is_kept(monkeypatch, tmp_path):

@@ -27,13 +27,30 @@ class RandConv(Erm):
 
     def convolved(self, images: Tensor, stream: Stream) -> Tensor:
         """Images in [0, 1] after one random convolution, mixed with themselves by a uniform share."""
-        size, channels = stream.host.choice(self.kernels), images.shape[1]
+        return convolved(images, *self._draw(images.shape[1], stream))
+
+    def draw(self, count: int, channels: int, share: float, stream: Stream) -> tuple[Tensor, Tensor]:
+        """What :func:`convolved` takes, for so many views of which a share is convolved.
+
+        Returns:
+            kernels ``(count, channels, channels, side, side)``, smaller ones within zeros, and the shares of itself
+            that each view keeps, ``(count,)``.
+        """
+        side = max(self.kernels)
+        kernels = torch.zeros(count, channels, channels, side, side, device=stream.device)
+        keep = torch.ones(count)
+        for place in range(count):
+            if stream.host.random() < share:
+                weight, keep[place] = self._draw(channels, stream)
+                kernels[place] = F.pad(weight, [(side - weight.shape[-1]) // 2] * 4)
+        return kernels, keep.to(stream.device)
+
+    def _draw(self, channels: int, stream: Stream) -> tuple[Tensor, float]:
+        """A kernel and a share."""
+        size = stream.host.choice(self.kernels)
         shape = (channels, channels, size, size)
-        weight = torch.randn(shape, generator=stream.torch, device=images.device) / (channels * size * size) ** 0.5
-        centred = images * 2 - 1
-        textured = F.conv2d(F.pad(centred, [size // 2] * 4, mode="reflect"), weight)
-        share = stream.host.random()
-        return (share * centred + (1 - share) * textured + 1) / 2
+        weight = torch.randn(shape, generator=stream.torch, device=stream.device) / (channels * size * size) ** 0.5
+        return weight, stream.host.random()
 
     def views(self, images: Tensor, stream: Stream) -> Tensor:
         return torch.cat([self.convolved(images, stream) for _ in range(self.count)])
@@ -41,3 +58,11 @@ class RandConv(Erm):
     def loss(self, model: TaskModel, views: Tensor, labels: Tensor) -> Tensor:
         logits = model(views).float().unflatten(0, (self.count, -1))
         return safety_loss(logits[0], labels) + self.weight * jensen_shannon(logits)
+
+
+def convolved(images: Tensor, kernel: Tensor, keep: Tensor | float) -> Tensor:
+    """Images in [0, 1] under a convolution (of their values in [-1, 1], reflected at the edge), mixed with a share of
+    themselves. What it makes may leave [0, 1]."""
+    centred = images * 2 - 1
+    textured = F.conv2d(F.pad(centred, [kernel.shape[-1] // 2] * 4, mode="reflect"), kernel.to(images.dtype))
+    return (keep * centred + (1 - keep) * textured + 1) / 2

@@ -34,6 +34,8 @@ class DataConfig:
         randconv: share of the rounds' batches, in every method, that go through a random convolution first (ours:
             domains then start from many textures; what it makes may leave [0, 1], as in RandConv); under torchrun each
             process draws for its part of a batch. See `pden.baselines.randconv.RandConv.convolved`.
+        randconv_of: "batches" convolves what the generator and all views start from; "views" that share of the views,
+            each by itself, and the task model's alone: PDEN only.
     """
 
     source: str = "digits"
@@ -47,6 +49,7 @@ class DataConfig:
     augment: Literal["none", "crop-flip"] = "none"
     randaugment: float = 0.0
     randconv: float = 0.0
+    randconv_of: Literal["batches", "views"] = "batches"
 
     def __post_init__(self) -> None:
         _require(0 < self.validation_share < 1, f"data.validation_share is {self.validation_share}; use 0 to 1")
@@ -278,6 +281,10 @@ class TrainConfig:
         _require(min(self.batch, self.pretrain_batch) >= 2, "batches need at least 2 images")
         _require(min(self.log_every, self.checkpoint_every) >= 1, "log_every and checkpoint_every must be positive")
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
+        _require(
+            self.data.randconv_of == "batches" or self.method == "pden",
+            f'data.randconv_of = "views" is for method pden; {self.method} makes views of its own',
+        )
         _require(
             self.stop.patience == 0 or self.gate.mode != "off" or self.method != "pden",
             'stop.patience counts what the gate measures; set gate.mode to "on" or "record"',

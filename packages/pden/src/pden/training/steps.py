@@ -17,6 +17,7 @@ from expkit.device import autocast, synchronize
 from expkit.errors import UsageError
 from expkit.graphs import Captured
 from pden.baselines.erm import Erm
+from pden.baselines.randconv import convolved
 from pden.generators import Generator
 from pden.models import TaskModel
 from pden.training.config import Engine, TrainConfig
@@ -94,21 +95,33 @@ class Steps:
         return self._call("expand", differentiate, images, labels, *noises)
 
     def tune(
-        self, current: Generator, earlier: Generator | None, images: Tensor, labels: Tensor, draws: Sequence[Tensor]
+        self,
+        current: Generator,
+        earlier: Generator | None,
+        images: Tensor,
+        labels: Tensor,
+        draws: Sequence[Tensor],
+        textures: Sequence[Tensor] = (),
     ) -> Found:
-        """What the task model minimises over the views that `make_views` makes of these."""
+        """What the task model minimises over the views that `make_views` makes of these, each under its random
+        convolution where `textures` (see `RandConv.draw`) has them."""
         task, learner, config, precision = self.task, self.learner, self.config, self._precision
         seat = None if earlier is None else self._seat(earlier)
 
-        def differentiate(images: Tensor, labels: Tensor, *draws: Tensor) -> Found:
+        count = len(draws)
+
+        def differentiate(images: Tensor, labels: Tensor, *inputs: Tensor) -> Found:
             task.train()
             with precision():
-                views = make_views(images, draws, current, seat)
+                views = make_views(images, inputs[:count], current, seat)
+                if len(inputs) > count:
+                    with torch.no_grad():
+                        views = [convolved(*each) for each in zip(views, *inputs[count:], strict=True)]
                 output = forward_views(task, views, config.model.batch_norm)
             total, parts = task_loss(output, labels, config.loss)  # fp32, similarities too
             return learner.gradients(total), _detached(parts)
 
-        return self._call(("tune", type(seat)), differentiate, images, labels, *draws)
+        return self._call(("tune", type(seat)), differentiate, images, labels, *draws, *textures)
 
     def forget(self) -> None:
         """Drop the recordings: to be called when there is another expansion."""

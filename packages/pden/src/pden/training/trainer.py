@@ -191,7 +191,10 @@ class Trainer:
             self._note(parts)
         earlier = stream.host.choice(self.pool) if self.pool else None
         draws = draw_views(images, generator, earlier, stream.torch, mix=config.loss.mix)
-        self._update_task(*self.steps.tune(generator, earlier, images, labels, draws), self._progress())
+        textures: tuple[Tensor, ...] = ()
+        if config.data.randconv and config.data.randconv_of == "views":
+            textures = RandConv().draw(len(draws) + 1, images.shape[1], config.data.randconv, stream)
+        self._update_task(*self.steps.tune(generator, earlier, images, labels, draws, textures), self._progress())
 
     def _update_task(self, gradients: Sequence[Tensor | None], parts: dict[str, Tensor], progress: float) -> None:
         self.learner.apply(gradients, progress)
@@ -215,7 +218,7 @@ class Trainer:
         if self.clock.stage == "round":  # without a share nothing is drawn
             if 0 < self.config.data.randaugment > stream.host.random():
                 images = RandAugment().views(images, stream)
-            if 0 < self.config.data.randconv > stream.host.random():
+            if self.config.data.randconv_of == "batches" and 0 < self.config.data.randconv > stream.host.random():
                 images = RandConv().convolved(images, stream)
         return images, labels
 
