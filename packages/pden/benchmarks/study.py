@@ -15,13 +15,13 @@ Several `run`s with one OUT, each with its own GPU, WORK and `--only`, share the
 else for a while. `restore` fills OUT from what `report` has published.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
-`choice` (settings of PDEN on seeds of their own, no target loaded), `ours` (5 seeds), `baselines` (ERM, RandConv,
-RandAugment, both of these together, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each kind of
-generator, and what is ours left out of ours, K = 6, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to recomputed
-CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where the first trainings all
-fail, `run` ends, and what made them fail is to be mended.
+`choice` (settings of PDEN on seeds of their own, none of the study's targets loaded), `ours` (5 seeds), `baselines`
+(ERM, RandConv, RandAugment, both of these together, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each
+kind of generator, and what is ours left out of ours, K = 6, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to
+recomputed CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where the first
+trainings all fail, `run` ends, and what made them fail is to be mended.
 
-`ours` is what `choice` comes to by a rule that reads held-out source images in disguise alone (`study_jobs.choose`).
+`ours` is what `choice` comes to by a rule that reads development domains alone (`study_jobs.choose`).
 It is written to OUT/chosen.json when the last training of `choice` is done, and nothing else begins before. What is
 reported of `ours` are its averaged weights, of the others the last; the tables have both for all.
 """
@@ -248,7 +248,10 @@ class Study:
             return
         found = choose([self.read(job) for job in done], [job.name for job in failed])
         write_json(self.out / "chosen.json", {**evidence(), **found})
-        print(f"chosen: {found['chosen']} ({100 * found['means'][found['chosen']]:.2f} % in disguise)", flush=True)
+        print(
+            f"chosen: {found['chosen']} ({100 * found['means'][found['chosen']]:.2f} % on development domains)",
+            flush=True,
+        )
 
 
 def told(failed: Sequence[Job]) -> str:
