@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -246,3 +247,13 @@ def test_a_folder_that_cannot_be_made_is_an_oserror_too(tmp_path):
         write_json(tmp_path / "file" / "inside" / "a.json", {})
     with pytest.raises(UsageError, match="cannot be made"):
         write_json(tmp_path / "file" / "inside" / "a.json", {})
+
+
+def test_a_disk_that_lets_nothing_be_removed_either_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint, "_remove", refuse)
+    with pytest.raises(checkpoint.Unwritable, match=r"a\.json cannot be written: Read-only"):
+        with checkpoint.atomic_path(tmp_path / "a.json"):
+            refuse()

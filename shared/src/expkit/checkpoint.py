@@ -15,7 +15,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         _sync_one(path.parent)
     except BaseException as error:
-        _remove(temporary)
+        with suppress(OSError):  # a disk that takes nothing need not let anything be removed
+            _remove(temporary)
         reason = _unwritable(error)
         if reason is not None:
             raise Unwritable(f"{path} cannot be written: {reason}") from error
