@@ -17,6 +17,8 @@ def check_pixels(images: Tensor, name: str, first: int = 0) -> None:
     """
     if not images.is_floating_point():
         raise UsageError(f"{name}: images are {described(images)}; give uint8, or floats in [0, 1]")
+    if not images.numel():
+        return
     if not bool(torch.isfinite(images).all()):
         bad = int((~torch.isfinite(images)).flatten(1).any(dim=1).nonzero()[0, 0])
         raise UsageError(f"{name}: image {first + bad} has pixels that are not numbers (nan or infinite)")

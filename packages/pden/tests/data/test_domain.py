@@ -327,3 +327,66 @@ def test_odd_datasets_are_refused_and_grey_ones_without_channels_taken():
     whole = Pairs((image, 0), (image, 1))
     whole.classes = ["cat", "dog"]
     assert from_dataset(torch.utils.data.Subset(whole, [0]), "part").classes == ("cat", "dog")
+
+
+def test_transparent_pixels_are_white_and_opaque_ones_what_they_are(tmp_path):
+    picture = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    picture.paste((200, 0, 0, 255), (0, 0, 4, 8))
+    picture.save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png")
+    assert found[:, 0, 0].tolist() == [200, 0, 0] and found[:, 0, 7].tolist() == [255, 255, 255]
+    picture.convert("LA").save(tmp_path / "b.png")
+    assert int(read_image(tmp_path / "b.png", channels=1)[0, 0, 7]) == 255
+
+
+def test_an_image_is_upright_as_its_exif_says(tmp_path):
+    picture = Image.new("L", (8, 4))
+    picture.putpixel((0, 0), 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be turned by 90 degrees clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    found = read_image(tmp_path / "a.png", channels=1)
+    assert found.shape == (1, 8, 4) and int(found[0, 0, 3]) == 255
+
+
+def test_pixels_of_an_unknown_range_are_refused_and_16_bits_are_not(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path / "f.tiff")
+    Image.fromarray(np.full((8, 8), 1 << 20, np.int32)).save(tmp_path / "i.tiff")
+    for name, said in (("f.tiff", "floats"), ("i.tiff", "beyond 16 bits")):
+        with pytest.raises(UsageError, match=said):
+            read_image(tmp_path / name)
+    Image.fromarray(np.full((8, 8), 51 * 256, np.int32)).save(tmp_path / "whole.tiff")
+    assert read_image(tmp_path / "whole.tiff").unique().tolist() == [51]
+
+
+def test_a_palette_image_of_a_dataset_has_its_colours():
+    picture = Image.new("RGB", (8, 8), (10, 200, 30))
+    found = from_dataset([(picture.convert("P"), 0), (picture.convert("RGBA"), 1)], "d")
+    assert found.images.shape == (2, 3, 8, 8)
+    assert found.images[1, :, 0, 0].tolist() == [10, 200, 30]
+    assert (found.images[0, :, 0, 0].float() - torch.tensor([10.0, 200.0, 30.0])).abs().max() < 30
+
+
+def test_a_mask_painted_in_colours_is_refused(tmp_path):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), (0, 0, 128)).save(tmp_path / name / "a.png")
+    with pytest.raises(UsageError, match="of mode RGB; its pixels must be labels"):
+        load_masks(tmp_path / "images", tmp_path / "masks", "d", ("a", "b"))
+
+
+def test_labels_of_pixels_stay_under_their_pixels_when_both_are_resized():
+    rows = torch.arange(18) // 2 % 3
+    labels = rows[:, None].expand(18, 18)[None].contiguous()
+    images = (labels * 100).byte()[:, None]
+    found = Domain("d", images, labels, ("a", "b", "c")).fitted(9, 1)
+    assert (found.images[0, 0].float() / 100 - found.labels[0]).abs().max() < 0.5
+    third = Domain("d", images, labels, ("a", "b", "c")).fitted(6, 1)
+    assert torch.equal(third.labels[0, :, 0], labels[0, 1::3, 0])  # the pixel in the middle
+    with pytest.raises(UsageError, match="labels of 18x18 on images of 9x9"):
+        Domain("d", images[:, :, :9, :9], labels, ("a", "b", "c"))
+
+
+def test_no_images_are_refused_as_floats_too():
+    with pytest.raises(UsageError, match="0 images"):
+        Domain("d", to_uint8(torch.zeros(0, 3, 8, 8), "d"), torch.zeros(0, dtype=torch.int64), ("a",))

@@ -50,6 +50,9 @@ class Domain:
             raise UsageError(f"{self.name}: labels are {described(self.labels)}; needed are int64 (count,)")
         if len(self.images) == 0 or len(self.images) != len(self.labels):
             raise UsageError(f"{self.name}: {len(self.images)} images and {len(self.labels)} labels")
+        if self.dense and self.labels.shape[-2:] != self.images.shape[-2:]:
+            sizes = "x".join(map(str, self.labels.shape[-2:])), "x".join(map(str, self.images.shape[-2:]))
+            raise UsageError(f"{self.name}: labels of {sizes[0]} on images of {sizes[1]}; there is one for each pixel")
         counted = self.labels[self.labels != IGNORED] if self.dense else self.labels
         if len(counted) and (counted.min() < 0 or counted.max() >= len(self.classes)):
             wrong = int(counted.min() if counted.min() < 0 else counted.max())
@@ -91,7 +94,7 @@ class Domain:
         the luminance."""
         images, labels = fit_images(self.images, size, channels, self.name), self.labels
         if self.dense and size and labels.shape[-2:] != images.shape[-2:]:
-            labels = F.interpolate(labels[:, None].float(), images.shape[-2:], mode="nearest")[:, 0].long()
+            labels = F.interpolate(labels[:, None].float(), images.shape[-2:], mode="nearest-exact")[:, 0].long()
         return replace(self, images=images, labels=labels)
 
     def split(self, share: float, seed: int) -> tuple[Domain, Domain]:
@@ -172,6 +175,8 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
     """
     from PIL.Image import Image
 
+    from pden.data.folder import plain_image
+
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UsageError(f"{name}: a {type(dataset).__name__} has no length or no items; needed is a map-style dataset")
     images, labels = [], []
@@ -179,7 +184,7 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
         item = dataset[index]
         if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], (Tensor, Image)):
             raise UsageError(f"{name}: item {index} is no pair of an image (PIL or tensor) and a label")
-        tensor = item[0] if isinstance(item[0], Tensor) else pil_to_tensor(item[0])
+        tensor = item[0] if isinstance(item[0], Tensor) else pil_to_tensor(plain_image(item[0]))
         label = torch.as_tensor(item[1])
         if label.is_floating_point() or label.dim() not in (0, 2):
             raise UsageError(

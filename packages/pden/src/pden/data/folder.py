@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -41,7 +41,7 @@ def read_image(path: Path, size: int | tuple[int, int] = 0, channels: int = 3) -
     """
     try:
         with Image.open(path) as image:
-            ready = _eight_bits(image).convert("L" if channels == 1 else "RGB")
+            ready = plain_image(image).convert("L" if channels == 1 else "RGB")
             height, width = size if isinstance(size, tuple) else (size, size)
             if size and ready.size != (width, height):
                 ready = ready.resize((width, height), Image.Resampling.BILINEAR)
@@ -53,11 +53,24 @@ def read_image(path: Path, size: int | tuple[int, int] = 0, channels: int = 3) -
         raise UsageError(f"{path} is not a readable image ({error})") from None
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey at 8 bits; Pillow would cut it off at 255 instead."""
-    if not image.mode.startswith("I;16"):
-        return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+def plain_image(image: Image.Image) -> Image.Image:
+    """Grey (L) or colour (RGB) with 8 bits, upright as its EXIF says, and on white where it is transparent.
+
+    Raises:
+        ValueError: pixels whose range nobody knows: floats, or whole numbers beyond 16 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels are beyond 16 bits; save it with 8 or 16")
+        return Image.fromarray((values >> 8).astype(np.uint8))  # Pillow would cut it off at 255 instead
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def load_folder(folder: Path, name: str, size: int = 0, channels: int = 3) -> Domain:
@@ -111,6 +124,9 @@ def load_masks(folder: Path, masks: Path, name: str, classes: tuple[str, ...], v
         image = read_image(path)
         try:
             with Image.open(by_stem[path.stem]) as opened:
+                if opened.mode not in ("1", "L", "P") and not opened.mode.startswith("I"):
+                    need = "its pixels must be labels, in one channel"
+                    raise UsageError(f"{by_stem[path.stem]} is a mask of mode {opened.mode}; {need}")
                 mask = pil_to_tensor(opened)[0].long()
         except _DAMAGED as error:
             raise UsageError(f"{by_stem[path.stem]} is not a readable mask ({error})") from None

@@ -68,6 +68,8 @@ def _load(spec: str, name: str, home: Home, size: int, channels: int) -> Domain:
         return load_mask_folder(Path(spec), name)
     if Path(spec).is_dir():
         return load_folder(Path(spec), name, size, channels)
+    if Path(spec).suffix == ".npz":
+        raise UsageError(f'"{spec}": write FILE.npz#x_key,y_key')
     near = difflib.get_close_matches(spec, domain_names(), 1, 0.5)
     hint = f'; did you mean "{near[0]}"?' if near else f"; names are {', '.join(domain_names())}"
     raise UsageError(f'no domain "{spec}": it is no folder, no FILE.npz#x_key,y_key{hint}')
