@@ -13,7 +13,7 @@ from expkit.errors import UsageError
 from pden.generators import build_generator
 from pden.models import build_model
 from pden.saving import save_model
-from tiny_domains import tiny_config, tiny_domain
+from tiny_domains import finish, tiny_config, tiny_domain, tiny_trainer
 
 MODEL = {"name": "digits", "classes": 3, "channels": 3, "size": 16, "width": 0.1, "embedding": 8}
 
@@ -79,3 +79,21 @@ def test_a_cut_off_description_or_weight_file_is_refused(tmp_path):
         file.write_bytes(file.read_bytes()[:50])
         with pytest.raises(UsageError, match=name):
             pden.load(tmp_path)
+
+
+def test_a_trainer_in_the_midst_of_a_round_is_saved_without_its_domain(tmp_path):
+    trainer = tiny_trainer()
+    while len(trainer.reports) < 2:
+        trainer.step()
+    pden.save(trainer, tmp_path)
+    found = pden.load(tmp_path)
+    assert len(found.domains) == len(found.generators) == 1
+
+
+def test_a_run_of_another_training_is_not_overwritten(tmp_path):
+    (tmp_path / "config.toml").write_text("")
+    trainer = tiny_trainer()
+    finish(trainer)
+    with pytest.raises(UsageError, match="name another folder"):
+        pden.save(trainer, tmp_path)
+    assert not (tmp_path / "model").exists()

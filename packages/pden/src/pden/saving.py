@@ -82,8 +82,15 @@ def save(trainer: Trainer, run: str | Path, *, source: str = "", validation: str
         source, validation: what `load_domain` knows the data by; the source's name where it is nothing of the kind.
 
     Raises:
-        UsageError: nothing is trained yet.
+        UsageError: nothing is trained yet, or the folder is a run of `pden train`.
     """
+    if (Path(run) / "config.toml").exists():
+        raise UsageError(f"{run} is a run of pden train, whose figures are of its own model; name another folder")
+    write_trained(trainer, Path(run), source=source, validation=validation)
+
+
+def write_trained(trainer: Trainer, run: Path, *, source: str, validation: str) -> None:
+    """:func:`save`, into a run's folder too."""
     config, images = trainer.config, trainer.source.images
     if trainer.clock.stage == "pretrain":
         raise UsageError("nothing to save: pre-training is not done")
@@ -97,8 +104,9 @@ def save(trainer: Trainer, run: str | Path, *, source: str = "", validation: str
     settings["shape"] = list(images.shape[-2:])
     settings["size"] = config.data.size and trainer.size  # which data of one's own need not have been fitted to
     settings |= {"source": source or trainer.source.name, "validation": validation}
-    settings["domains"] = [each.plain() for each in trainer.reports if each.verdict in ("accepted", "recorded")]
-    save_model(Path(run) / "model", settings, weights, trainer.pool)
+    kept = [each.plain() for each in trainer.reports if each.verdict in ("accepted", "recorded")]
+    settings["domains"] = kept[: len(trainer.pool)]  # a domain in the midst of its round is not in the pool
+    save_model(run / "model", settings, weights, trainer.pool)
 
 
 def save_model(

@@ -79,6 +79,8 @@ def test_targets_are_not_the_source_and_have_names_of_their_own():
         load_targets(["mine=digits"], ["digits"], classes, HOME, 32, 3)
     with pytest.raises(UsageError, match='two targets are called "a"'):
         load_targets(["a=digits-test", "a=digits-thick"], ["digits"], classes, HOME, 32, 3)
+    with pytest.raises(UsageError, match='target "digits-test" has one label for each image'):
+        load_targets(["digits-test"], ["digits"], classes, HOME, 32, 3, dense=True)
     (found,) = load_targets(["digits-test"], ["digits"], classes, HOME, 16, 3)
     assert found.images.shape == (597, 3, 16, 16)
 

@@ -11,7 +11,7 @@ from pden.data import Domain
 from pden.generators import Photometric
 from pden.models import TaskModel, build_model
 from pden.training.config import GateConfig
-from pden.training.gate import DomainReport, Measures, distance, judge_domain, measure
+from pden.training.gate import DomainReport, Measures, distance, judge_domain, judge_limit, measure
 from pden.training.stream import Stream
 from tiny_domains import tiny_domain
 
@@ -109,3 +109,17 @@ def test_collapse_names_the_round():
 def test_a_report_survives_json():
     report = verdict(measures([[1.0, 0.0]], agreement=0.1))
     assert DomainReport.from_plain(report.plain()) == report
+
+
+def test_the_judge_can_meet_its_limit_however_frequent_one_class_is():
+    gate = GateConfig()
+    assert judge_limit(gate, 0.1) == pytest.approx(0.12) and judge_limit(gate, 0.9) == pytest.approx(0.95)
+    for chance in (0.1, 0.5, 0.8, 0.9, 0.99):
+        assert chance < judge_limit(gate, chance) < 1
+
+
+@pytest.mark.parametrize("key", ["agreement", "worst_class", "judge_over_chance", "distance", "novelty", "collapse"])
+def test_a_limit_that_is_no_number_is_refused(key):
+    for value in (float("nan"), float("inf"), -0.1):
+        with pytest.raises(ValueError, match=f"gate.{key} is"):
+            GateConfig(**{key: value})

@@ -235,6 +235,14 @@ def test_targets_are_measured_as_often_as_asked_for(tmp_path):
     assert ["targets" in each["last"] for each in outcome.result["history"]] == [True, False, True, True]
 
 
+def test_a_run_in_which_no_domain_passed_says_so(tmp_path, capsys):
+    config = tiny_config(
+        pretrain_batch=4, batch=4, data__source="digits", data__disguised=0, gate__distance=5.0, gate__retries=0
+    )
+    outcome = run.train(config, Home.of(), tmp_path, World(0, 1, 0), quiet=True)
+    assert outcome.result["domains"] == 0 and "no domain passed the gate" in capsys.readouterr().err
+
+
 def test_the_source_in_disguise_has_three_operations_on_it(monkeypatch):
     calls = []
     real = disguise.random_operation

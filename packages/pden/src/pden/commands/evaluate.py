@@ -34,7 +34,8 @@ def run(
     first = load(run, names[0], device)
     home = Home.of(data_dir)
     seen = [each for each in (first.source, first.validation) if each]
-    domains = load_targets(target, seen, first.classes, home, first.size, first.channels)
+    dense = first.model.dense
+    domains = load_targets(target, seen, first.classes, home, first.size, first.channels, dense=dense)
     notes = [note for domain in domains for note in (domain.note, absent_note(domain)) if note]
     for note in notes:
         console().print(f"note: {note}", highlight=False)

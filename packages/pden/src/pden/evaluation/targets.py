@@ -14,15 +14,23 @@ from pden.data.cifar import expand_levels
 
 
 def load_targets(
-    specs: Sequence[str], seen: Sequence[str], classes: tuple[str, ...], home: Home, size: int, channels: int
+    specs: Sequence[str],
+    seen: Sequence[str],
+    classes: tuple[str, ...],
+    home: Home,
+    size: int,
+    channels: int,
+    *,
+    dense: bool = False,
 ) -> list[Domain]:
     """Targets with the labels of `classes`; CIFAR-10-C levels become one domain per corruption.
 
     Args:
         seen: what training or selection sees: the source first, then (where it is named) the validation domain.
+        dense: whether the source has one label for each pixel.
 
     Raises:
-        UsageError: one of these is among them, two have one name, or one has classes that the source lacks.
+        UsageError: one of these is among them, two have one name, or one has classes or labels that the source lacks.
     """
     found: list[Domain] = []
     for text in (each for spec in specs for each in expand_levels(spec)):
@@ -31,7 +39,13 @@ def load_targets(
             if place(spec) == place(each):
                 unseen = "a target must be a domain that neither training nor selection has seen"
                 raise UsageError(f'target "{name}" is the {use}; {unseen}')
-        domain = with_classes(load_domain(text, home, size=size, channels=channels), classes)
+        loaded = load_domain(text, home, size=size, channels=channels)
+        if loaded.dense != dense:
+            kinds = ("image", "pixel") if dense else ("pixel", "image")
+            raise UsageError(
+                f'target "{name}" has one label for each {kinds[0]}; the source has one for each {kinds[1]}'
+            )
+        domain = with_classes(loaded, classes)
         if any(each.name == domain.name for each in found):
             raise UsageError(f'two targets are called "{domain.name}"; write NAME=SPEC to tell them apart')
         found.append(domain)

@@ -79,7 +79,7 @@ class ModelConfig:
     batch_norm: Literal["joint", "split", "source", "frozen"] = "joint"
 
     def __post_init__(self) -> None:
-        _require(self.width > 0 and self.embedding >= 1, "model.width and model.embedding must be positive")
+        _require(0 < self.width < inf and self.embedding >= 1, "model.width and model.embedding must be positive")
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,10 @@ class GateConfig:
         agreement: least share of them that the task model still labels rightly in the new domain.
         worst_class: least such share of any one class that has 20 images or more among them.
         judge_over_chance: least share for the judge, in multiples of chance (the share of the most frequent class; in
-            segmentation 1 / classes). The judge is a model of another seed that has seen the source alone, as it is and
-            in random disguise (random convolutions and negatives), and no domain. It is no oracle: a demanding limit
-            refuses just the domains that teach most. So classes that a domain exchanges, which the task model learns
-            again as exchanged, pass.
+            segmentation 1 / classes), though never beyond halfway from chance to all. The judge is a model of another
+            seed that has seen the source alone, as it is and in random disguise (random convolutions and negatives),
+            and no domain. It is no oracle: a demanding limit refuses just the domains that teach most. So classes that
+            a domain exchanges, which the task model learns again as exchanged, pass.
         distance: least distance from the source: 1 - cosine of the judge's features, mean over images.
         novelty: least distance from the nearest earlier domain, measured in the same way.
         retries: how often a refused domain is learned anew before it is dropped.
@@ -204,6 +204,9 @@ class GateConfig:
     def __post_init__(self) -> None:
         _require(self.images >= 1 and self.judge_steps >= 1, "gate.images and gate.judge_steps must be positive")
         _require(self.retries >= 0, f"gate.retries is {self.retries}; it must be 0 or more")
+        for key in ("agreement", "worst_class", "judge_over_chance", "distance", "novelty", "collapse"):
+            limit = getattr(self, key)
+            _require(0 <= limit < inf, f"gate.{key} is {limit}; it must be a number of 0 or more")
         _require(self.judge_lr > 0, f"gate.judge_lr is {self.judge_lr}; it must be positive")
 
 
@@ -233,6 +236,7 @@ class StopConfig:
     novelty: float = 0.02
 
     def __post_init__(self) -> None:
+        _require(0 <= self.novelty < inf, f"stop.novelty is {self.novelty}; it must be a number of 0 or more")
         _require(self.patience >= 0, f"stop.patience is {self.patience}; it must be 0 (never) or more")
 
 

@@ -139,6 +139,12 @@ def distance(first: Measures, second: Measures) -> float:
     return float(1 - (first.features * second.features).sum(dim=1).mean())
 
 
+def judge_limit(gate: GateConfig, chance: float) -> float:
+    """The judge's least agreement: so many times chance, or halfway from chance to all where one class is so frequent
+    that this would ask for more."""
+    return min(gate.judge_over_chance * chance, (1 + chance) / 2)
+
+
 def judge_domain(
     found: Measures,
     source: Measures,
@@ -155,7 +161,7 @@ def judge_domain(
     limits = [
         ("label agreement", found.agreement, gate.agreement),
         ("label agreement of the worst class", found.worst_class, gate.worst_class),
-        ("label agreement of the judge", found.judge_agreement, gate.judge_over_chance * found.chance),
+        ("label agreement of the judge", found.judge_agreement, judge_limit(gate, found.chance)),
         ("distance from the source", far, gate.distance),
         ("novelty", novelty, gate.novelty),
     ]

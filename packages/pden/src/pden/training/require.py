@@ -17,6 +17,10 @@ def require_fit(config: TrainConfig, source: Domain, validation: Domain, world: 
             f"validation {validation.name} ({len(validation.classes)} classes, {tuple(validation.images.shape[1:])}) "
             f"does not fit the source {source.name} ({len(source.classes)}, {tuple(source.images.shape[1:])})"
         )
+    if source.dense != validation.dense:
+        raise UsageError(
+            f"of {source.name} and validation {validation.name}, one has labels for pixels and one for images"
+        )
     if source.dense != config.model.name.startswith("fcn-"):
         need = "fcn-resnet50 or fcn-small" if source.dense else "a model for classification"
         raise UsageError(f"{source.name} has one label for each {'pixel' if source.dense else 'image'}; use {need}")

@@ -20,7 +20,7 @@ from expkit.rundir import RunDir, evidence
 from pden.data import Domain, Home, load_domain
 from pden.evaluation.disguise import disguises
 from pden.evaluation.targets import absent_note, load_targets, place, shared_notes, with_classes
-from pden.saving import save
+from pden.saving import write_trained
 from pden.training.config import TrainConfig
 from pden.training.history import figures, measure_round, selections
 from pden.training.state import capture, restore
@@ -56,7 +56,7 @@ def load_data(config: TrainConfig, home: Home) -> tuple[Domain, Domain, list[Dom
     else:
         source, held = source.split(data.validation_share, config.seed)
     seen = [data.source, data.validation] if data.validation else [data.source]
-    targets = load_targets(data.targets, seen, source.classes, home, data.size, data.channels)
+    targets = load_targets(data.targets, seen, source.classes, home, data.size, data.channels, dense=source.dense)
     return source, held, targets
 
 
@@ -180,6 +180,8 @@ class _Job:
         if trainer.stopped:
             rounds = f"{config.stop.patience} round(s) in a row brought nothing new"
             self.say(f"stopped after round {trainer.clock.round} of {config.rounds}: {rounds}", always=True)
+        if trainer.reports and not trainer.pool:
+            self.say("warning: no domain passed the gate: the model is that of pre-training", always=True)
         self._measure_best()
 
     def _introduce(self) -> None:
@@ -276,9 +278,9 @@ class _Job:
             "processes": trainer.world.size,
             "config": to_toml(config),
         }
-        save(trainer, self.run.path, source=config.data.source, validation=config.data.validation)
-        self._draw()
+        write_trained(trainer, self.run.path, source=config.data.source, validation=config.data.validation)
         write_json(self.run.path / "result.json", result)
+        self._draw()
         return Outcome(self.run.path, result)
 
     def _draw(self) -> None:
