@@ -1,8 +1,10 @@
-"""Pixels that are numbers in [0, 1]."""
+"""Pixels of pictures that people save, and pixels that are numbers in [0, 1]."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from expkit.device import described
@@ -25,3 +27,23 @@ def check_pixels(images: Tensor, name: str, first: int = 0) -> None:
     low, high = float(images.min()), float(images.max())
     if low < 0 or high > 1:
         raise UsageError(f"{name}: pixels from {low:g} to {high:g}; give uint8, or floats in [0, 1]")
+
+
+def plain_image(image: Image.Image) -> Image.Image:
+    """Grey (L) or colour (RGB) with 8 bits, upright as its EXIF says, and on white where it is transparent.
+
+    Raises:
+        ValueError: pixels whose range nobody knows: floats, or whole numbers beyond 16 bits.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its pixels are beyond 16 bits; save it with 8 or 16")
+        return Image.fromarray((values >> 8).astype(np.uint8))  # Pillow would cut it off at 255 instead
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")

@@ -10,6 +10,7 @@ import torch
 
 from expkit.checkpoint import CheckpointStore, load_tensors
 from expkit.distributed import World
+from expkit.errors import UsageError
 from pden.baselines.randaugment import RandAugment
 from pden.baselines.randconv import RandConv
 from pden.data import Home
@@ -249,6 +250,20 @@ def test_the_source_in_disguise_has_three_operations_on_it(monkeypatch):
     monkeypatch.setattr(disguise, "random_operation", lambda *given: calls.append(given[1]) or real(*given))
     disguise.disguises(tiny_domain(12))
     assert calls == [1.0] * 3
+
+
+def test_source_and_validation_have_labels_of_one_kind():
+    source, held = tiny_domain(), tiny_domain(24, seed=1)
+    dense = replace(held, labels=held.labels[:, None, None].expand(-1, 16, 16).contiguous())
+    with pytest.raises(UsageError, match="one has labels for pixels and one for images"):
+        trainer.Trainer(tiny_config(), source, dense)
+
+
+@pytest.mark.parametrize("key", ["model__width", "stop__novelty"])
+def test_a_setting_that_is_no_number_is_refused(key):
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=key.replace("__", r"\.")):
+            tiny_config(**{key: value})
 
 
 def test_patience_needs_a_gate():

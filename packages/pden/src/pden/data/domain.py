@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, rgb_to_grayscale
 from expkit.device import described
 from expkit.errors import UsageError
 from pden.losses.safety import IGNORED
-from pden.pixels import check_pixels
+from pden.pixels import check_pixels, plain_image
 
 _FLOATS = 1 << 26  # so many pixels are floats at a time while images are resized: 256 MiB
 
@@ -174,8 +174,6 @@ def from_dataset(dataset: Any, name: str, classes: Sequence[str] | None = None) 
         UsageError: an empty dataset or none of this kind, or sizes that differ.
     """
     from PIL.Image import Image
-
-    from pden.data.folder import plain_image
 
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UsageError(f"{name}: a {type(dataset).__name__} has no length or no items; needed is a map-style dataset")

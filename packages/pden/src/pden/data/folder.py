@@ -7,15 +7,15 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from expkit.cli import progress
 from expkit.errors import UsageError
 from pden.data.domain import Domain
+from pden.pixels import plain_image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 # What Pillow raises on damaged files of one format or another, besides UnidentifiedImageError, which is an OSError.
@@ -51,26 +51,6 @@ def read_image(path: Path, size: int | tuple[int, int] = 0, channels: int = 3) -
         raise UsageError(f"{path} does not exist") from None
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} is not a readable image ({error})") from None
-
-
-def plain_image(image: Image.Image) -> Image.Image:
-    """Grey (L) or colour (RGB) with 8 bits, upright as its EXIF says, and on white where it is transparent.
-
-    Raises:
-        ValueError: pixels whose range nobody knows: floats, or whole numbers beyond 16 bits.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels are beyond 16 bits; save it with 8 or 16")
-        return Image.fromarray((values >> 8).astype(np.uint8))  # Pillow would cut it off at 255 instead
-    if image.mode == "F":
-        raise ValueError("its pixels are floats; save it with 8 or 16 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def load_folder(folder: Path, name: str, size: int = 0, channels: int = 3) -> Domain:

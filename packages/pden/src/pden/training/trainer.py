@@ -25,10 +25,7 @@ from expkit.device import synchronize, tf32
 from expkit.distributed import World, gather
 from expkit.errors import UsageError
 from pden.baselines import build_baseline
-from pden.baselines.randaugment import RandAugment
-from pden.baselines.randconv import RandConv
 from pden.data import Domain
-from pden.data.augment import crop_flip
 from pden.evaluation.accuracy import evaluate
 from pden.generators import Generator, default_width, draw_noise
 from pden.models import TaskModel, build_model
@@ -42,7 +39,7 @@ from pden.training.objectives import Expansion
 from pden.training.require import require_fit
 from pden.training.steps import Steps, uses_graphs
 from pden.training.stream import Stream
-from pden.training.views import draw_views
+from pden.training.views import augment_batch, draw_textures, draw_views
 
 Event = Literal["none", "pretrained", "judged", "refused", "round"]
 ALONE = World(rank=0, size=1, local_rank=0)
@@ -191,9 +188,7 @@ class Trainer:
             self._note(parts)
         earlier = stream.host.choice(self.pool) if self.pool else None
         draws = draw_views(images, generator, earlier, stream.torch, mix=config.loss.mix)
-        textures: tuple[Tensor, ...] = ()
-        if config.data.randconv and config.data.randconv_of == "views":
-            textures = RandConv().draw(len(draws) + 1, images.shape[1], config.data.randconv, stream)
+        textures = draw_textures(images, len(draws) + 1, config.data, stream)
         self._update_task(*self.steps.tune(generator, earlier, images, labels, draws, textures), self._progress())
 
     def _update_task(self, gradients: Sequence[Tensor | None], parts: dict[str, Tensor], progress: float) -> None:
@@ -213,14 +208,7 @@ class Trainer:
             other, place = index >= len(self.source), (index - len(self.source)).clamp(min=0)
             images = torch.where(other[:, None, None, None], self.grown[0][place].float(), images)
             labels = torch.where(other, self.grown[1][place], labels)
-        if self.config.data.augment == "crop-flip":
-            images, labels = crop_flip(images, labels, stream.torch)
-        if self.clock.stage == "round":  # without a share nothing is drawn
-            if 0 < self.config.data.randaugment > stream.host.random():
-                images = RandAugment().views(images, stream)
-            if self.config.data.randconv_of == "batches" and 0 < self.config.data.randconv > stream.host.random():
-                images = RandConv().convolved(images, stream)
-        return images, labels
+        return augment_batch(images, labels, self.config.data, stream, in_round=self.clock.stage == "round")
 
     def _grow(self) -> None:
         """The baseline's own images of the whole pool join it, in half precision: its steps are finer than levels."""

@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from expkit.norms import batch_norm_eval
+from pden.baselines.randaugment import RandAugment
+from pden.baselines.randconv import RandConv
+from pden.data.augment import crop_flip
 from pden.generators import Generator, draw_noise
 from pden.models import TaskModel, TaskOutput
+from pden.training.config import DataConfig
+from pden.training.stream import Stream
 
 
 def draw_views(
@@ -30,6 +35,27 @@ def draw_views(
         if mix:
             draws.append(torch.rand(len(images), 1, 1, 1, generator=rng, device=images.device))
     return [*draws, draw_noise(images, current.noise, rng)]
+
+
+def augment_batch(
+    images: Tensor, labels: Tensor, settings: DataConfig, stream: Stream, *, in_round: bool
+) -> tuple[Tensor, Tensor]:
+    """What every method's batch goes through first; RandAugment and random convolutions in rounds alone."""
+    if settings.augment == "crop-flip":
+        images, labels = crop_flip(images, labels, stream.torch)
+    if in_round:  # without a share nothing is drawn
+        if 0 < settings.randaugment > stream.host.random():
+            images = RandAugment().views(images, stream)
+        if settings.randconv_of == "batches" and 0 < settings.randconv > stream.host.random():
+            images = RandConv().convolved(images, stream)
+    return images, labels
+
+
+def draw_textures(images: Tensor, count: int, settings: DataConfig, stream: Stream) -> tuple[Tensor, ...]:
+    """Random convolutions of so many views, see `RandConv.draw`; nothing where views have none of their own."""
+    if settings.randconv_of == "batches" or not settings.randconv:
+        return ()
+    return RandConv().draw(count, images.shape[1], settings.randconv, stream)
 
 
 @torch.no_grad()
