@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from expkit.errors import UsageError
 from pden.baselines import BASELINES, Ada, AugMix, MeAda, RandAugment, RandConv, build_baseline, operations
 from pden.baselines.ada import entropy
-from pden.baselines.augmix import jensen_shannon
 from pden.baselines.operations import NAMES, dirichlet, operate, posterize_strongly, random_operation
 from pden.baselines.randconv import convolved
+from pden.losses import jensen_shannon
 from pden.models import build_model
 from pden.training.stream import Stream
 from tiny_domains import finish, tiny_domain, tiny_trainer, weights

@@ -112,6 +112,21 @@ def test_what_mnist_m_was_not_made_of_is_the_end_of_mnists_test(tmp_path):
     assert load_domain("mnist-rest", home(tmp_path)).labels.tolist() == [9] * 999
 
 
+def test_held_out_digits_lie_on_the_last_of_cifars_test_pictures(tmp_path, monkeypatch):
+    digits = np.zeros((10_000, 28, 28), np.uint8)
+    digits[9001, 3, 4], digits[9001, 3, 5], digits[:9001] = 255, 127, 255
+    np.savez(tmp_path / "digits.npz", mnist_test_x=digits, mnist_test_y=np.zeros(10_000, int))
+    pictures = torch.arange(10_000)[:, None, None, None].remainder(251).to(torch.uint8).expand(-1, 3, 32, 32).clone()
+    pictures[9001, :, 5, 6] = torch.tensor([10, 20, 30])  # under the digit's first bright pixel
+    monkeypatch.setattr("pden.data.cifar._cifar10", lambda home, train: (pictures, torch.zeros(10_000)))
+    found = load_domain("mnist-rest-photo", home(tmp_path), size=0).images
+    assert found.shape == (999, 3, 28, 28) and found[:, 0, 0, 0].tolist() == [
+        each % 251 for each in range(9001, 10_000)
+    ]
+    assert found[0, :, 3, 4].tolist() == [245, 235, 225]  # a stroke inverts
+    assert found[0, :, 3, 5].tolist() == [9001 % 251] * 3  # what is not brighter than half is none
+
+
 @pytest.mark.parametrize("count", [2006, 2008])
 def test_a_published_set_has_all_its_images(count, tmp_path):
     np.savez(tmp_path / "digits.npz", usps_test_x=np.zeros((count, 4, 4), np.uint8), usps_test_y=np.zeros(count, int))

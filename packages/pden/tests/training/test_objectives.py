@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pden.losses import adversarial_contrast, barlow_twins, cycle_loss, instance_contrast, supervised_contrast
+from pden.losses import (
+    adversarial_contrast,
+    barlow_twins,
+    cycle_loss,
+    instance_contrast,
+    jensen_shannon,
+    supervised_contrast,
+)
 from pden.models import TaskOutput
 from pden.training.config import LossConfig
 from pden.training.objectives import Expansion, contrast, generator_loss, task_loss
@@ -61,3 +68,14 @@ def test_the_tasks_loss_weighs_its_contrast():
     assert float(total) == pytest.approx(float(parts["cross_entropy"] + 0.25 * parts["contrast"]), rel=1e-5)
     by_view = sum(float(torch.nn.functional.cross_entropy(each, labels)) for each in output.logits)
     assert float(parts["cross_entropy"]) == pytest.approx(by_view, rel=1e-5)
+
+
+def test_the_views_predictions_are_held_together_where_that_has_a_weight():
+    embeddings = torch.nn.functional.normalize(torch.randn(3, 8, 5), dim=2)
+    output = TaskOutput(torch.randn(3, 8, 4), embeddings, torch.zeros(3, 8, 2))
+    labels = torch.arange(8) % 4
+    without, parts = task_loss(output, labels, OWN)
+    assert "consistency" not in parts
+    total, parts = task_loss(output, labels, replace(OWN, consistency=10.0))
+    wanted = float(jensen_shannon(output.logits))
+    assert float(total) == pytest.approx(float(without) + 10 * wanted, rel=1e-5) and wanted > 0.1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pden.baselines.erm import Erm
 from pden.baselines.operations import AUGMIX, dirichlet, random_operation
-from pden.losses import safety_loss
+from pden.losses import jensen_shannon, safety_loss
 from pden.models import TaskModel
 from pden.training.stream import Stream
 
@@ -44,11 +43,3 @@ class AugMix(Erm):
     def loss(self, model: TaskModel, views: Tensor, labels: Tensor) -> Tensor:
         logits = model(views).float().unflatten(0, (3, -1))
         return safety_loss(logits[0], labels) + self.weight * jensen_shannon(logits)
-
-
-def jensen_shannon(logits: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence of the views' predictions, ``(views, batch, classes, ...)``, in nats."""
-    logs = logits.log_softmax(dim=2)
-    middle = logs.exp().mean(dim=0).clamp(min=1e-7).log()
-    per_class = F.kl_div(middle.expand_as(logs), logs, reduction="none", log_target=True)
-    return per_class.sum(dim=2).mean()

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pden.baselines.augmix import jensen_shannon
 from pden.baselines.erm import Erm
-from pden.losses import safety_loss
+from pden.losses import jensen_shannon, safety_loss
 from pden.models import TaskModel
 from pden.training.stream import Stream
 

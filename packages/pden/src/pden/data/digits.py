@@ -17,6 +17,7 @@ from torch import Tensor
 
 from expkit.errors import UsageError
 from pden.data.arrays import channels_first, load_arrays, open_arrays
+from pden.data.cifar import load_cifar
 from pden.data.domain import Domain
 from pden.data.folder import read_image
 from pden.data.home import Home
@@ -28,6 +29,7 @@ NAMES = {
     "mnist": "mnist_train",
     "mnist-test": "mnist_test",
     "mnist-rest": "mnist_test",
+    "mnist-rest-photo": "mnist_test",
     "usps": "usps_test",
     "usps-train": "usps_train",
     "svhn": "svhn_test",
@@ -42,18 +44,24 @@ COUNTS = {
     "mnist": 60_000,
     "mnist-test": 10_000,
     "mnist-rest": 999,
+    "mnist-rest-photo": 999,
     "usps": 2007,
     "usps-train": 7291,
     "svhn": 26_032,
     "mnist-m": 9001,
     "syn": 9553,
 }
-PARTS = {"mnist10k": slice(None, 10_000), "mnist-rest": slice(9001, None)}  # of a published set
+PARTS = {  # of a published set
+    "mnist10k": slice(None, 10_000),
+    "mnist-rest": slice(9001, None),
+    "mnist-rest-photo": slice(9001, None),
+}
 
 
 def load_digits(name: str, home: Home) -> Domain:
     """One of `NAMES`: test parts unless the name says otherwise; `mnist10k` is the first 10,000 of MNIST's training,
-    `mnist-rest` the last 999 of its test, of which MNIST-M's has none.
+    `mnist-rest` the last 999 of its test, of which MNIST-M's has none, and `mnist-rest-photo` these on the last of
+    CIFAR-10's test pictures: a domain to develop on where MNIST-M is a target.
 
     Raises:
         UsageError: it is nowhere and cannot be fetched (says what to put where), or has another number of images.
@@ -61,9 +69,24 @@ def load_digits(name: str, home: Home) -> Domain:
     images, labels = _load(name, home)
     part = PARTS.get(name, slice(None))
     images, labels = images[part], labels[part]
+    if name == "mnist-rest-photo":
+        images = blend_strokes(images, load_cifar("cifar10-test", home).images[part])
     if len(images) != COUNTS.get(name, len(images)):
         raise UsageError(f"{name} has {len(images)} images here and {COUNTS[name]} as published; fetch its files again")
     return Domain(name, images, labels, CLASSES)
+
+
+def blend_strokes(images: Tensor, pictures: Tensor) -> Tensor:
+    """Strokes with hard edges, as MNIST-M's are, that invert the middle of a picture.
+
+    Args:
+        images: uint8 digits, light on dark, ``(count, 1, height, width)``.
+        pictures: uint8 and no smaller, ``(count, channels, ...)``.
+    """
+    height, width = images.shape[-2:]
+    top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
+    cut = pictures[..., top : top + height, left : left + width]
+    return torch.where(images > 127, 255 - cut, cut)
 
 
 def _load(name: str, home: Home) -> tuple[Tensor, Tensor]:
@@ -90,6 +113,7 @@ def _torchvision(name: str, home: Home) -> tuple[Tensor, Tensor]:
         "mnist10k": (torchvision.datasets.MNIST, {"train": True}),
         "mnist-test": (torchvision.datasets.MNIST, {"train": False}),
         "mnist-rest": (torchvision.datasets.MNIST, {"train": False}),
+        "mnist-rest-photo": (torchvision.datasets.MNIST, {"train": False}),
         "usps": (torchvision.datasets.USPS, {"train": False}),
         "usps-train": (torchvision.datasets.USPS, {"train": True}),
         "svhn": (torchvision.datasets.SVHN, {"split": "test"}),

@@ -2,6 +2,7 @@
 
 from pden.losses.adversarial import adversarial_contrast
 from pden.losses.barlow import barlow_twins
+from pden.losses.consistency import jensen_shannon
 from pden.losses.cycle import cycle_loss
 from pden.losses.diversity import diversity, diversity_loss
 from pden.losses.instance import instance_contrast
@@ -15,6 +16,7 @@ __all__ = [
     "diversity",
     "diversity_loss",
     "instance_contrast",
+    "jensen_shannon",
     "safety_loss",
     "supervised_contrast",
 ]

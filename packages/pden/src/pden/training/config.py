@@ -124,6 +124,8 @@ class LossConfig:
         contrast_weight: its weight. Barlow Twins sums over features and needs a small one.
         temperature: of both contrasts.
         off_diagonal: of Barlow Twins.
+        consistency: weight of the Jensen-Shannon divergence of the views' predictions (ours; AugMix and RandConv have
+            it, with 12 and 10).
         mix: whether mixtures of source and earlier domain are a view of their own.
     """
 
@@ -136,11 +138,14 @@ class LossConfig:
     contrast_weight: float = 1.0
     temperature: float = 0.07
     off_diagonal: float = 0.005
+    consistency: float = 0.0
     mix: bool = True
 
     def __post_init__(self) -> None:
         weights = (self.safety, self.diversity, self.cycle, self.adversarial, self.contrast_weight, self.off_diagonal)
-        _require(all(0 <= each < inf for each in weights), "loss weights must be numbers of 0 or more")
+        _require(
+            all(0 <= each < inf for each in (*weights, self.consistency)), "loss weights must be numbers of 0 or more"
+        )
         _require(self.diversity_limit > 0, f"loss.diversity_limit is {self.diversity_limit}; it must be positive")
         _require(0 < self.temperature < inf, f"loss.temperature is {self.temperature}; it must be positive")
 

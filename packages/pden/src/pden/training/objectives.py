@@ -15,6 +15,7 @@ from pden.losses import (
     diversity,
     diversity_loss,
     instance_contrast,
+    jensen_shannon,
     safety_loss,
     supervised_contrast,
 )
@@ -69,7 +70,7 @@ def generator_loss(
 
 
 def task_loss(output: TaskOutput, labels: Tensor, weights: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the views' cross-entropies plus the contrast across views, and each by itself.
+    """The sum of the views' cross-entropies, the contrast across views, their consistency, and each by itself.
 
     Args:
         output: fields ``(views, batch, ...)``.
@@ -82,6 +83,9 @@ def task_loss(output: TaskOutput, labels: Tensor, weights: LossConfig) -> tuple[
     if weights.contrast != "none" and weights.contrast_weight and views > 1:
         parts["contrast"] = contrast(output.embeddings, labels, weights)
         total = total + weights.contrast_weight * parts["contrast"]
+    if weights.consistency and views > 1:
+        parts["consistency"] = jensen_shannon(output.logits.float())
+        total = total + weights.consistency * parts["consistency"]
     return total, parts
 
 
