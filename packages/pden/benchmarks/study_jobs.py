@@ -20,6 +20,7 @@ BARLOW = ("loss.contrast=barlow", "loss.contrast_weight=0.02")
 SUPERVISED = ("loss.contrast=supervised", "loss.cycle=5.0", "loss.adversarial=1.0")  # the first choice's
 BATCHES = ("data.randconv=0.5", "data.randconv_of=batches")  # the first choice's too
 GRID = ("generator.grid=8",)
+GRID_HALF = (*GRID, "generator.grid_share=0.5")
 CONSISTENT = ("loss.consistency=10.0",)
 QUARTER, HALF, WHOLE_BATCHES = (("data.randaugment=0.25",), ("data.randaugment=0.5",), ("data.randaugment=1.0",))
 RANDAUGMENT = (*WHOLE_BATCHES, 'generator.kinds=["photometric"]')  # what moves pixels is drawn, not learned
@@ -46,6 +47,15 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
     "grid, consistent, half": (*GRID, *CONSISTENT, *HALF),
     "grid, consistent, alternating": (*GRID, *CONSISTENT, *ALTERNATING),
     "grid, consistent, supervised": (*GRID, *CONSISTENT, *SUPERVISED),
+    # After the figures of those above
+    "grid, consistent, whole": (*GRID, *CONSISTENT, *WHOLE_BATCHES),
+    "grid-16, consistent, half": ("generator.grid=16", *CONSISTENT, *HALF),
+    "grid, noise-32, consistent, half": (*GRID, "generator.noise=32", *CONSISTENT, *HALF),
+    "grid-half, consistent, half": (*GRID_HALF, *CONSISTENT, *HALF),
+    "grid-half, consistent, whole": (*GRID_HALF, *CONSISTENT, *WHOLE_BATCHES),
+    "grid, consistent, half, supervised": (*GRID, *CONSISTENT, *HALF, "loss.contrast=supervised"),
+    "grid, consistent, half, alternating": (*GRID, *CONSISTENT, *HALF, *ALTERNATING),
+    "grid-half, consistent, half, alternating": (*GRID_HALF, *CONSISTENT, *HALF, *ALTERNATING),
 }
 # What of ours changes pixels alone: for CIFAR-10, whose corruptions move nothing
 FARTHER = ("loss.cycle=5.0", "loss.adversarial=1.0", "generator.grid=8", "data.randconv=0.5")

@@ -118,7 +118,9 @@ def test_held_out_digits_lie_on_the_last_of_cifars_test_pictures(tmp_path, monke
     np.savez(tmp_path / "digits.npz", mnist_test_x=digits, mnist_test_y=np.zeros(10_000, int))
     pictures = torch.arange(10_000)[:, None, None, None].remainder(251).to(torch.uint8).expand(-1, 3, 32, 32).clone()
     pictures[9001, :, 5, 6] = torch.tensor([10, 20, 30])  # under the digit's first bright pixel
-    monkeypatch.setattr("pden.data.cifar._cifar10", lambda home, train: (pictures, torch.zeros(10_000)))
+    monkeypatch.setattr(
+        "pden.data.cifar._cifar10", lambda home, train: (pictures, torch.zeros(10_000, dtype=torch.long))
+    )
     found = load_domain("mnist-rest-photo", home(tmp_path), size=0).images
     assert found.shape == (999, 3, 28, 28) and found[:, 0, 0, 0].tolist() == [
         each % 251 for each in range(9001, 10_000)

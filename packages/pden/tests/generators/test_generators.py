@@ -173,16 +173,31 @@ def test_with_a_grid_an_even_ground_becomes_uneven(kind):
     assert even.std(dim=(2, 3)).max() < 1e-4 < 0.01 < uneven.std(dim=(2, 3)).max()
 
 
+@pytest.mark.parametrize("kind", ["photometric", "composite"])
+def test_a_share_of_the_draws_has_an_uneven_ground(kind):
+    torch.manual_seed(0)
+    images = torch.full((1000, 3, 16, 16), 0.3)
+    made = build_generator(kind, grid=8, grid_share=0.25)(images)[..., 4:-4, 4:-4]
+    spread = made.std(dim=(2, 3)).amax(dim=1)
+    assert 0.2 < (spread > 1e-3).float().mean() < 0.3 and (spread < 1e-4).float().mean() > 0.7
+    generator = build_generator("photometric", grid=8, grid_share=0.5)
+    everywhere = build_generator("photometric", grid=8)
+    everywhere.load_state_dict(generator.state_dict())
+    noise = torch.tensor([[-0.1], [0.1]]).expand(-1, 10)
+    one, other = (each(images[:2], noise) for each in (generator, everywhere))
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
 def test_settings_of_an_older_generator_have_no_grid():
     settings = generator_settings(Photometric())
-    assert settings.pop("grid") == 0
+    assert settings.pop("grid") == 0 and settings.pop("grid_share") == 1.0
     build_generator(**settings).load_state_dict(Photometric().state_dict())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("grid", [0, 8])
 def test_settings_rebuild_a_generator(kind, grid):
-    generator = build_generator(kind, channels=1, width=4, noise=3, grid=grid)
+    generator = build_generator(kind, channels=1, width=4, noise=3, grid=grid, grid_share=0.5)
     again = build_generator(**generator_settings(generator))
     again.load_state_dict(generator.state_dict())
     image, noise = torch.rand(1, 1, 32, 32), torch.randn(1, generator.noise)

@@ -167,7 +167,7 @@ def deterministic():
 @pytest.mark.parametrize("steps", [12, 24])  # in the first round, and with two earlier domains
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, deterministic, steps):
     def trainer() -> Trainer:
-        return make_trainer(generator__kinds=("photometric",), generator__grid=4, rounds=3)
+        return make_trainer(generator__kinds=("photometric",), generator__grid=4, generator__grid_share=0.5, rounds=3)
 
     whole, killed = trainer(), trainer()
     finish(whole)

@@ -16,14 +16,16 @@ class Composite(Generator):
         channels: of the images.
         width: of each part.
         noise: size of z for each part; the composite takes twice as much.
-        grid: of the photometric part's `AdaIN`.
+        grid, grid_share: of the photometric part's `AdaIN`.
     """
 
-    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> None:
+    def __init__(
+        self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0, grid_share: float = 1.0
+    ) -> None:
         super().__init__(channels, 2 * noise)
-        self.width, self.grid = width, grid
+        self.width, self.grid, self.grid_share = width, grid, grid_share
         self.geometric = Geometric(channels, width, noise)
-        self.photometric = Photometric(channels, width, noise, grid)
+        self.photometric = Photometric(channels, width, noise, grid, grid_share)
 
     def transform(self, images: Tensor, noise: Tensor) -> Tensor:
         first, second = noise.chunk(2, dim=1)

@@ -22,18 +22,21 @@ def default_width(size: int) -> int:
     return 16 if size <= 64 else 32
 
 
-def build_generator(kind: str, *, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> Generator:
+def build_generator(
+    kind: str, *, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0, grid_share: float = 1.0
+) -> Generator:
     """A new generator.
 
     Args:
         grid: on which the style of a photometric part differs by place; a geometric one has none.
+        grid_share: of its draws, those whose style does.
 
     Raises:
         UsageError: an unknown kind.
     """
     if kind not in KINDS:
         raise UsageError(f'unknown generator "{kind}"; use {", ".join(KINDS)}')
-    painting = {"grid": grid} if kind != "geometric" else {}
+    painting = {"grid": grid, "grid_share": grid_share} if kind != "geometric" else {}
     return KINDS[kind](channels, width, noise, **painting)
 
 
@@ -41,5 +44,5 @@ def generator_settings(generator: Generator) -> dict[str, Any]:
     """What `build_generator` needs to make one like this."""
     kind = next(name for name, each in KINDS.items() if type(generator) is each)
     noise = generator.noise // 2 if kind == "composite" else generator.noise
-    grid = getattr(generator, "grid", 0)
-    return {"kind": kind, "channels": generator.channels, "width": generator.width, "noise": noise, "grid": grid}
+    painting = {"grid": getattr(generator, "grid", 0), "grid_share": getattr(generator, "grid_share", 1.0)}
+    return {"kind": kind, "channels": generator.channels, "width": generator.width, "noise": noise, **painting}

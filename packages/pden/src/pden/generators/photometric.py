@@ -11,6 +11,8 @@ ground into an even ground, and a model that has seen no other takes whatever st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +30,12 @@ class AdaIN(nn.Module):
         features: of the maps.
         grid: side of a grid over the maps on which the noise adds to scale and shift in each cell, with linear passages
             between cells (ours); 0 leaves it out.
+        grid_share: of the draws that have such a style; the first noise value says which.
     """
 
-    def __init__(self, noise: int, features: int, grid: int = 0) -> None:
+    def __init__(self, noise: int, features: int, grid: int = 0, grid_share: float = 1.0) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.limit = grid, NormalDist().inv_cdf(grid_share) if grid_share < 1 else inf
         self.style = nn.Linear(noise, 2 * features)
         self.places = nn.Linear(noise, 2 * features * grid * grid) if grid else None
 
@@ -44,7 +47,10 @@ class AdaIN(nn.Module):
         """The same of maps that are normalised already."""
         style = self.style(noise)[:, :, None, None]
         if self.places is not None:
-            cells = self.places(noise).unflatten(1, (-1, self.grid, self.grid)) + style
+            cells = self.places(noise)
+            if self.limit < inf:
+                cells = cells * (noise[:, :1] < self.limit)
+            cells = cells.unflatten(1, (-1, self.grid, self.grid)) + style
             style = channels_last(enlarged(cells, norms.shape[-2], norms.shape[-1]))
         gamma, beta = style.chunk(2, dim=1)
         return torch.addcmul(beta, 1 + gamma, norms)
@@ -79,14 +85,17 @@ class Photometric(Generator):
         width: channels after the first convolution.
         noise: size of z; 0 leaves AdaIN out.
         grid: of `AdaIN`; 0 is the paper's.
+        grid_share: of `AdaIN`.
     """
 
-    def __init__(self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0) -> None:
+    def __init__(
+        self, channels: int = 3, width: int = 16, noise: int = 10, grid: int = 0, grid_share: float = 1.0
+    ) -> None:
         super().__init__(channels, noise)
-        self.width, self.grid = width, grid
+        self.width, self.grid, self.grid_share = width, grid, grid_share
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.second = nn.Conv2d(width, 2 * width, 3, padding=1)
-        self.adain = AdaIN(noise, 2 * width, grid) if noise else None
+        self.adain = AdaIN(noise, 2 * width, grid, grid_share) if noise else None
         self.third = nn.Conv2d(2 * width, 4 * width, 3, padding=1)
         self.last = nn.Conv2d(4 * width, channels, 3, padding=1)
 

@@ -92,6 +92,7 @@ class GeneratorConfig:
         noise: size of z.
         grid: side of the grid on which a photometric generator's style differs by place, so that grounds are uneven
             (ours; see `pden.generators.AdaIN`); 0 is one style for a whole image, as in the paper.
+        grid_share: part of a domain's draws in which it does; the others have one style.
         lr: of Adam.
         share: part of a round's steps in which the generator learns; after it the generator is frozen.
     """
@@ -100,6 +101,7 @@ class GeneratorConfig:
     width: int = 0
     noise: int = 10
     grid: int = 0
+    grid_share: float = 1.0
     lr: float = 1e-4
     share: float = 0.5
 
@@ -107,6 +109,7 @@ class GeneratorConfig:
         _require(len(self.kinds) >= 1, "generator.kinds is empty")
         _require(self.noise >= 1, f"generator.noise is {self.noise}; it must be positive")
         _require(min(self.width, self.grid) >= 0, "generator.width and generator.grid must be 0 or more")
+        _require(0 < self.grid_share <= 1, f"generator.grid_share is {self.grid_share}; it must be in (0, 1]")
         _require(not self.grid or set(self.kinds) != {"geometric"}, "generator.grid is for photometric domains")
         _require(0 < self.share <= 1 and 0 < self.lr < inf, "generator.share must be in (0, 1], generator.lr positive")
 

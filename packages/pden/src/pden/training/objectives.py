@@ -26,9 +26,13 @@ from pden.training.config import LossConfig
 class Expansion(nn.Module):
     """A generator with the reverse one of its cycle loss, which has no noise."""
 
-    def __init__(self, kind: str, channels: int, width: int, noise: int, grid: int = 0) -> None:
+    def __init__(
+        self, kind: str, channels: int, width: int, noise: int, grid: int = 0, grid_share: float = 1.0
+    ) -> None:
         super().__init__()
-        self.generator: Generator = build_generator(kind, channels=channels, width=width, noise=noise, grid=grid)
+        self.generator: Generator = build_generator(
+            kind, channels=channels, width=width, noise=noise, grid=grid, grid_share=grid_share
+        )
         self.reverse: Generator = build_generator(kind, channels=channels, width=width, noise=0)
 
 

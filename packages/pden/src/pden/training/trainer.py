@@ -323,7 +323,8 @@ class Trainer:
         settings, clock = self.config.generator, self.clock
         torch.manual_seed(Stream(CPU, self.config.seed, "weights", clock.round, clock.attempt).seed)
         width = settings.width or default_width(self.size)
-        expansion = Expansion(self.kind, self.source.images.shape[1], width, settings.noise, settings.grid)
+        channels, painting = self.source.images.shape[1], (settings.grid, settings.grid_share)
+        expansion = Expansion(self.kind, channels, width, settings.noise, *painting)
         self.expansion = expansion.to(self.device)
         self.steps.forget()
         self.expander = Learner(self.expansion, OptimizerConfig(lr=settings.lr), self.world)
