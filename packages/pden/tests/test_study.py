@@ -127,13 +127,6 @@ def test_digits_on_pictures_count_as_much_as_all_other_peoples_digits():
     assert study.choose(results)["chosen"] == list(study.CANDIDATES)[4]
 
 
-def test_within_a_point_the_choice_is_the_one_nearest_to_the_paper():
-    figures = dict.fromkeys(study.CANDIDATES, 0.4)
-    figures |= dict(zip(study.CANDIDATES, (0.5, 0.692, 0.7, 0.698), strict=False))
-    results = [result(label, seed, value) for label, value in figures.items() for seed in study.CHOICE_SEEDS]
-    assert study.choose(results)["chosen"] == list(study.CANDIDATES)[1]
-
-
 def test_the_ablation_of_ours_trains_nothing_that_ours_is():
     assert set(study.ours_without(())) == {"ours, no-randconv", "ours, supervised", "ours, barlow"}
     for label, chosen in study.CANDIDATES.items():
