@@ -15,11 +15,11 @@ Several `run`s with one OUT, each with its own GPU, WORK and `--only`, share the
 else for a while. `restore` fills OUT from what `report` has published.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
-`choice` (settings of PDEN on seeds of their own, none of the study's targets loaded), `ours` (5 seeds), `baselines`
-(ERM, RandConv, RandAugment, both of these together, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss left out, each
-kind of generator, and what is ours left out of ours, K = 6, 2 seeds; it decides nothing), `cifar` (CIFAR-10 to
-recomputed CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where the first
-trainings all fail, `run` ends, and what made them fail is to be mended.
+`choice` (settings of PDEN on a seed of its own, none of the study's targets loaded), `ours` (5 seeds), `baselines`
+(ERM, RandConv, RandAugment, both of these together in two ways, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss
+left out, each kind of generator, and what is ours left out of ours, K = 4, 2 seeds; it decides nothing), `cifar`
+(CIFAR-10 to recomputed CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where
+the first trainings all fail, `run` ends, and what made them fail is to be mended.
 
 `ours` is what `choice` comes to by a rule that reads development domains alone (`study_jobs.choose`).
 It is written to OUT/chosen.json when the last training of `choice` is done, and nothing else begins before. What is
@@ -141,7 +141,7 @@ class Study:
         def may_begin(job: Job) -> bool:
             if job in self.lost:
                 return False
-            if job.part != "choice" and (choosing or (job.config == "digits-ours" and self.chosen is None)):
+            if job.part != "choice" and (choosing or (job.config == "digits-choice" and self.chosen is None)):
                 return False
             return self.begun(job) or time.time() + 60 * estimates.minutes(job) <= lease_ends
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +27,7 @@ import study_jobs as study  # noqa: E402
 import study_tables as tables  # noqa: E402
 
 from expkit.config import load_config, parse_setting  # noqa: E402
+from pden.presets import preset_path  # noqa: E402
 from pden.training.config import TrainConfig  # noqa: E402
 
 GPUS = ("0", "1")
@@ -94,6 +96,19 @@ def test_every_training_is_a_valid_config_of_a_name_of_its_own(part):
         steps = config.pretrain_steps + config.rounds * config.round_steps
         assert steps == job.steps or part == "cifar"
         assert (config.data.targets == study.DEVELOPMENT) == (part == "choice")
+
+
+def test_the_config_and_the_preset_of_ours_are_what_was_chosen():
+    chosen = json.loads((BENCHMARKS.parent / "results" / "chosen.json").read_text(encoding="utf-8"))
+    assert chosen["settings"] == list(study.CANDIDATES[chosen["chosen"]])
+    configs = BENCHMARKS.parent / "configs"
+    given = dict(map(parse_setting, chosen["settings"]))
+    ours = load_config(TrainConfig, configs / "digits-ours.toml")
+    assert load_config(TrainConfig, configs / "digits-choice.toml", {**given, "name": ours.name}) == ours
+    data = replace(ours.data, source="digits", validation="", targets=())
+    assert load_config(TrainConfig, preset_path("ours")) == replace(
+        ours, data=data, checkpoint_every=TrainConfig().checkpoint_every
+    )
 
 
 def result(label: str, seed: int, average: float, disguised: float = 0.0) -> dict:

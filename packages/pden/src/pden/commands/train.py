@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def run(
     config: Annotated[Path | None, typer.Option(help="TOML file; every key has a default.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings of the package: paper, tiny or demo.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings of the package: paper, ours, tiny or demo.")] = None,
     name: Annotated[str | None, typer.Option(help="Folder of the run, below --runs.")] = None,
     method: Annotated[str | None, typer.Option(help="pden, erm, randaugment, augmix, randconv, ada or me-ada.")] = None,
     source: Annotated[str | None, typer.Option(help="Domain to train on: a name, a folder or FILE.npz#x,y.")] = None,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from expkit.errors import UsageError
 
-NAMES = ("paper", "tiny", "demo")
+NAMES = ("paper", "ours", "tiny", "demo")
 
 
 def preset_path(name: str) -> Path:
