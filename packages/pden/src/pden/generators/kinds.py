@@ -36,8 +36,10 @@ def build_generator(
     """
     if kind not in KINDS:
         raise UsageError(f'unknown generator "{kind}"; use {", ".join(KINDS)}')
-    painting = {"grid": grid, "grid_share": grid_share} if kind != "geometric" else {}
-    return KINDS[kind](channels, width, noise, **painting)
+    made = KINDS[kind]
+    if issubclass(made, Geometric):
+        return made(channels, width, noise)
+    return made(channels, width, noise, grid, grid_share)
 
 
 def generator_settings(generator: Generator) -> dict[str, Any]:
