@@ -16,10 +16,10 @@ else for a while. `restore` fills OUT from what `report` has published.
 
 Parts: `paper` (PDEN on digits with the paper's settings, 5 seeds, the first alone on its GPU: minutes and memory),
 `choice` (settings of PDEN on a seed of its own, none of the study's targets loaded), `ours` (5 seeds), `baselines`
-(ERM, RandConv, RandAugment, both of these together in two ways, ME-ADA, AugMix, 5 seeds each), `ablation` (each loss
-left out, each kind of generator, and what is ours left out of ours, K = 4, 2 seeds; it decides nothing), `cifar`
-(CIFAR-10 to recomputed CIFAR-10-C: the paper's losses, and domains that are farther). `run PART ...` does some. Where
-the first trainings all fail, `run` ends, and what made them fail is to be mended.
+(ERM, RandConv, RandAugment, ME-ADA, AugMix, 5 seeds each; RandAugment and RandConv together in two ways, 3 seeds),
+`ablation` (each loss left out, each kind of generator, and what is ours left out of ours, K = 4, 2 seeds; it decides
+nothing), `cifar` (CIFAR-10 to recomputed CIFAR-10-C: the paper's losses, and ours). `run PART ...` does some. Where the
+first trainings all fail, `run` ends, and what made them fail is to be mended.
 
 `ours` is what `choice` comes to by a rule that reads development domains alone (`study_jobs.choose`).
 It is written to OUT/chosen.json when the last training of `choice` is done, and nothing else begins before. What is
