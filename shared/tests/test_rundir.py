@@ -57,6 +57,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert one is not None and other is not None and torch.equal(one.tensors["w"], other.tensors["w"])
 
 
+def test_a_key_that_an_older_version_did_not_write_has_its_default(tmp_path: Path) -> None:
+    file = RunDir.create(tmp_path, "run", Config()).path / "config.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("lr")]
+    assert len(lines) == len(file.read_text().splitlines()) - 1
+    file.write_text("\n".join(lines) + "\n")
+    assert RunDir.create(tmp_path, "run", Config(), resume=True).path == file.parent
+    with pytest.raises(UsageError, match="changed config: lr"):
+        RunDir.create(tmp_path, "run", Config(lr=0.25), resume=True)
+
+
 def test_a_run_is_resumed_by_its_own_config_unless_another_is_given(tmp_path: Path) -> None:
     own = RunDir.create(tmp_path, "run", Config(lr=0.25)).path / "config.toml"
     assert config_to_resume(tmp_path, "run", None) == own

@@ -57,7 +57,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {
 }
 # What of ours has been chosen on digits, on CIFAR-10; half of the views keep their textures, which tell classes there
 OURS = (*GRID_HALF, *CONSISTENT, *WHOLE_BATCHES, "data.randconv=0.5", "data.randconv_of=views")
-ABLATION_ROUNDS = 4  # after which the curves are flat
+ABLATION_ROUNDS = 4  # most of what a run gains, it has by then
 WHOLE = {"pden-paper": "full", "pden-ours": "ours_full"}  # rows with nothing left out: longer runs after as many rounds
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "no-safety": ("loss.safety=0.0",),
@@ -73,7 +73,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 OURS_ABLATIONS: dict[str, tuple[str, ...]] = {  # over the chosen settings
     "ours, no-randaugment": ("data.randaugment=0.0",),
     "ours, no-randconv": ("data.randconv=0.0",),
-    "ours, no-grid": ("generator.grid=0",),
+    "ours, no-grid": ("generator.grid=0", "generator.grid_share=1.0"),
     "ours, no-consistency": ("loss.consistency=0.0",),
     "ours, photometric": ('generator.kinds=["photometric"]',),
     "ours, supervised": ("loss.contrast=supervised",),
@@ -172,7 +172,7 @@ def jobs_of(part: str, chosen: Sequence[str] = ()) -> list[Job]:
         fixed = ("--rounds", str(CHOICE_ROUNDS), *settings(*short, f"data.targets={list(DEVELOPMENT)}"))
         steps = CHOICE_PRETRAINING + CHOICE_ROUNDS * CHOICE_ROUND
         return [
-            Job(part, label, "digits-choice", seed, "pden-ours", steps, (*fixed, *settings(*keys)))
+            Job(part, label, "digits-choice", seed, "pden-choice", steps, (*fixed, *settings(*keys)))
             for label, keys in CANDIDATES.items()
             for seed in CHOICE_SEEDS
         ]
@@ -222,11 +222,12 @@ class Speed:
     shared: float
 
 
-# On an H100, by step_time.py; "pden-ours" and "pden-warp" by trainings, side by side guesses, as are
+# On an H100, by step_time.py; "pden-ours", "pden-choice" and "pden-warp" by trainings, side by side guesses, as are
 # RandAugment and CIFAR-10 (of PDEN from the rates of a run that was cut off).
 FORESEEN = {
     "pden": Speed(5.2, 5.7),
-    "pden-ours": Speed(5.0, 5.2),
+    "pden-ours": Speed(6.1, 6.3),
+    "pden-choice": Speed(5.0, 5.2),
     "pden-warp": Speed(6.0, 6.4),
     "augmix": Speed(5.4, 3.8),
     "randconv": Speed(2.1, 2.2),

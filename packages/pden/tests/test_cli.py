@@ -207,6 +207,7 @@ def test_seeds_are_processes_and_compare_makes_one_row_of_them(tmp_path, capsys)
         (["train", "--set", "stop.patience=-1"], "stop.patience is -1"),
         (["train", "--set", "data.disguised=-1"], "data.disguised is -1"),
         (["train", "--set", "generator.grid=-1"], "generator.grid must be 0 or more"),
+        (["train", "--set", "generator.grid_share=0.5"], "is a share of a generator.grid"),
         (["train", "--set", "generator.grid_share=0"], "generator.grid_share is 0.0; it must be in (0, 1]"),
         (["train", "--set", "generator.grid=100000"], "generator.grid is 100000 on images of 32x32"),
         (["train", "--set", "generator.grid=4", "--set", 'generator.kinds=["geometric"]'], "for photometric domains"),

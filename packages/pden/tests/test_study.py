@@ -67,13 +67,13 @@ def test_trainings_that_have_ended_tell_how_long_others_of_their_kind_take():
     assert seen.minutes(study.jobs_of("paper")[2]) == pytest.approx(study.SLACK * 65 * 20 / 60 + study.START)
 
 
-def test_a_round_of_the_choice_tells_a_long_run_no_shorter_time_than_it_takes():
+def test_a_short_run_tells_a_long_one_no_shorter_time_than_it_takes():
     """Steps before the rounds are cheap, and a larger part of a short run."""
     long = study.jobs_of("ours")[0]
-    short = next(job for job in study.jobs_of("choice") if job.kind == long.kind)
+    short = next(job for job in study.jobs_of("ablation") if job.kind == long.kind)
     cheap, dear = 1.0, 1.0 / study.PRETRAIN_SHARE  # milliseconds
-    before = {short: study.CHOICE_PRETRAINING, long: study.PRETRAINING}
-    seconds = {job: (before[job] * cheap + (job.steps - before[job]) * dear) / 1000 for job in (short, long)}
+    before = study.PRETRAINING
+    seconds = {job: (before * cheap + (job.steps - before) * dear) / 1000 for job in (short, long)}
     seen = study.Estimates(3, {short: {"steps_per_second": short.steps / seconds[short]}})
     assert seen.minutes(long) == pytest.approx(study.SLACK * seconds[long] / 60 + study.START)
 
@@ -100,6 +100,8 @@ def test_every_training_is_a_valid_config_of_a_name_of_its_own(part):
 
 def test_the_config_and_the_preset_of_ours_are_what_was_chosen():
     chosen = json.loads((BENCHMARKS.parent / "results" / "chosen.json").read_text(encoding="utf-8"))
+    runs = json.loads((BENCHMARKS.parent / "results" / "choice.json").read_text(encoding="utf-8"))["runs"]
+    assert study.choose(runs)["chosen"] == chosen["chosen"] and study.choose(runs)["means"] == chosen["means"]
     assert chosen["settings"] == list(study.CANDIDATES[chosen["chosen"]])
     configs = BENCHMARKS.parent / "configs"
     given = dict(map(parse_setting, chosen["settings"]))

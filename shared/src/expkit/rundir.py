@@ -64,7 +64,7 @@ class RunDir:
         checkpoints = CheckpointStore(path / "checkpoints")
         metrics = path / "metrics.jsonl"
         if resume:
-            require_same(path / "config.toml", text)
+            require_same(path / "config.toml", text, default_toml(type(config)))
             steps = checkpoints.steps()
             truncate(metrics, after_step=steps[-1] if steps else -1)
         else:
@@ -105,12 +105,24 @@ def config_to_resume(runs: Path, name: str, given: Path | None) -> Path | None:
     return own if given is None and own.is_file() else given
 
 
-def require_same(path: Path, text: str) -> None:
-    """Raise UsageError where a run's `config.toml` is not there, is damaged, or says something else than `text`."""
+def default_toml(cls: type) -> str:
+    """The config file of a dataclass's defaults; empty where a field has none."""
+    try:
+        return to_toml(cls())
+    except TypeError:
+        return ""
+
+
+def require_same(path: Path, text: str, defaults: str = "") -> None:
+    """Raise UsageError where a run's `config.toml` is not there, is damaged, or says something else than `text`.
+
+    Args:
+        defaults: the file of the default config, for keys that an older version did not write.
+    """
     if not path.is_file():
         raise UsageError(f"nothing to resume: {path} does not exist")
     try:
-        before = flatten(tomllib.loads(path.read_text(encoding="utf-8")))
+        before = flatten(tomllib.loads(defaults)) | flatten(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is damaged: {error}") from None
     now = flatten(tomllib.loads(text))

@@ -129,6 +129,30 @@ def test_held_out_digits_lie_on_the_last_of_cifars_test_pictures(tmp_path, monke
     assert found[0, :, 3, 5].tolist() == [9001 % 251] * 3  # what is not brighter than half is none
 
 
+@pytest.mark.parametrize(
+    ("count", "side", "said"),
+    [
+        (9500, 28, "mnist-rest-photo has 499 images here and 999 as published"),
+        (10_000, 36, "digits of 36x36 on pictures of 32x32"),
+    ],
+)
+def test_digits_that_do_not_go_with_the_pictures_are_refused(count, side, said, tmp_path, monkeypatch):
+    arrays = {"mnist_test_x": np.zeros((count, side, side), np.uint8), "mnist_test_y": np.zeros(count, int)}
+    np.savez(tmp_path / "digits.npz", **arrays)
+    pictures = torch.zeros(10_000, 3, 32, 32, dtype=torch.uint8)
+    monkeypatch.setattr("pden.data.cifar._cifar10", lambda home, train: (pictures, torch.zeros(10_000).long()))
+    with pytest.raises(UsageError, match=said):
+        load_domain("mnist-rest-photo", home(tmp_path), size=0)
+
+
+def test_held_out_digits_on_pictures_say_what_they_are_made_of(tmp_path):
+    np.savez(
+        tmp_path / "digits.npz", mnist_test_x=np.zeros((10_000, 28, 28), np.uint8), mnist_test_y=np.zeros(10_000, int)
+    )
+    with pytest.raises(UsageError, match="mnist-rest-photo is made of MNIST's and CIFAR-10's test images: "):
+        load_domain("mnist-rest-photo", home(tmp_path))
+
+
 @pytest.mark.parametrize("count", [2006, 2008])
 def test_a_published_set_has_all_its_images(count, tmp_path):
     np.savez(tmp_path / "digits.npz", usps_test_x=np.zeros((count, 4, 4), np.uint8), usps_test_y=np.zeros(count, int))

@@ -188,6 +188,12 @@ def test_a_share_of_the_draws_has_an_uneven_ground(kind):
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
 
 
+@pytest.mark.parametrize("share", [0.0, -1.0, 2.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(UsageError, match="grid_share is"):
+        build_generator("photometric", grid=8, grid_share=share)
+
+
 def test_settings_of_an_older_generator_have_no_grid():
     settings = generator_settings(Photometric())
     assert settings.pop("grid") == 0 and settings.pop("grid_share") == 1.0

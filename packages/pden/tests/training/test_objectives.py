@@ -79,3 +79,16 @@ def test_the_views_predictions_are_held_together_where_that_has_a_weight():
     total, parts = task_loss(output, labels, replace(OWN, consistency=10.0))
     wanted = float(jensen_shannon(output.logits))
     assert float(total) == pytest.approx(float(without) + 10 * wanted, rel=1e-5) and wanted > 0.1
+
+
+def test_pixels_that_have_no_label_have_no_part_in_consistency():
+    logits, embeddings = torch.randn(3, 2, 4, 5, 6), torch.zeros(3, 2, 5, 6, 7)
+    output = TaskOutput(logits, embeddings, torch.zeros(3, 2, 8))
+    labels = torch.zeros(2, 5, 6, dtype=torch.long)
+    labels[1, 2:] = 255
+    weights = replace(OWN, consistency=1.0, contrast="none")
+    _, parts = task_loss(output, labels, weights)
+    pixels = logits.permute(0, 1, 3, 4, 2)[:, labels != 255]  # (views, pixels, classes), as images are
+    assert float(parts["consistency"]) == pytest.approx(float(jensen_shannon(pixels)), rel=1e-5)
+    _, none = task_loss(output, torch.full_like(labels, 255), weights)
+    assert float(none["consistency"]) == 0

@@ -69,10 +69,13 @@ def load_digits(name: str, home: Home) -> Domain:
     images, labels = _load(name, home)
     part = PARTS.get(name, slice(None))
     images, labels = images[part], labels[part]
-    if name == "mnist-rest-photo":
-        images = blend_strokes(images, load_cifar("cifar10-test", home).images[part])
     if len(images) != COUNTS.get(name, len(images)):
         raise UsageError(f"{name} has {len(images)} images here and {COUNTS[name]} as published; fetch its files again")
+    if name == "mnist-rest-photo":
+        try:
+            images = blend_strokes(images, load_cifar("cifar10-test", home).images[part])
+        except UsageError as error:
+            raise UsageError(f"{name} is made of MNIST's and CIFAR-10's test images: {error}") from None
     return Domain(name, images, labels, CLASSES)
 
 
@@ -82,8 +85,13 @@ def blend_strokes(images: Tensor, pictures: Tensor) -> Tensor:
     Args:
         images: uint8 digits, light on dark, ``(count, 1, height, width)``.
         pictures: uint8 and no smaller, ``(count, channels, ...)``.
+
+    Raises:
+        UsageError: they are smaller.
     """
     height, width = images.shape[-2:]
+    if pictures.shape[-2] < height or pictures.shape[-1] < width:
+        raise UsageError(f"digits of {height}x{width} on pictures of {pictures.shape[-2]}x{pictures.shape[-1]}")
     top, left = (pictures.shape[-2] - height) // 2, (pictures.shape[-1] - width) // 2
     cut = pictures[..., top : top + height, left : left + width]
     return torch.where(images > 127, 255 - cut, cut)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expkit.errors import UsageError
 from pden.generators.base import Generator
 from pden.layout import channels_last
 
@@ -30,11 +31,17 @@ class AdaIN(nn.Module):
         features: of the maps.
         grid: side of a grid over the maps on which the noise adds to scale and shift in each cell, with linear passages
             between cells (ours); 0 leaves it out.
-        grid_share: of the draws that have such a style; the first noise value says which.
+        grid_share: of the draws that have such a style; the first noise value says which, and is part of the style of
+            both.
+
+    Raises:
+        UsageError: a share that is none.
     """
 
     def __init__(self, noise: int, features: int, grid: int = 0, grid_share: float = 1.0) -> None:
         super().__init__()
+        if not 0 < grid_share <= 1:
+            raise UsageError(f"grid_share is {grid_share}; it must be in (0, 1]")
         self.grid, self.limit = grid, NormalDist().inv_cdf(grid_share) if grid_share < 1 else inf
         self.style = nn.Linear(noise, 2 * features)
         self.places = nn.Linear(noise, 2 * features * grid * grid) if grid else None

@@ -110,6 +110,7 @@ class GeneratorConfig:
         _require(self.noise >= 1, f"generator.noise is {self.noise}; it must be positive")
         _require(min(self.width, self.grid) >= 0, "generator.width and generator.grid must be 0 or more")
         _require(0 < self.grid_share <= 1, f"generator.grid_share is {self.grid_share}; it must be in (0, 1]")
+        _require(self.grid_share == 1 or self.grid > 0, "generator.grid_share is a share of a generator.grid; set that")
         _require(not self.grid or set(self.kinds) != {"geometric"}, "generator.grid is for photometric domains")
         _require(0 < self.share <= 1 and 0 < self.lr < inf, "generator.share must be in (0, 1], generator.lr positive")
 
@@ -295,7 +296,7 @@ class TrainConfig:
         _require(self.seed >= 0, f"seed is {self.seed}; it must be 0 or more")
         _require(
             self.data.randconv_of == "batches" or self.method == "pden",
-            f'data.randconv_of = "views" is for method pden; {self.method} makes views of its own',
+            f'data.randconv_of = "views" is for method pden; {self.method} makes views of its own and takes "batches"',
         )
         _require(
             self.stop.patience == 0 or self.gate.mode != "off" or self.method != "pden",

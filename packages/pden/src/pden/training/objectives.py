@@ -19,6 +19,7 @@ from pden.losses import (
     safety_loss,
     supervised_contrast,
 )
+from pden.losses.safety import IGNORED
 from pden.models import TaskModel, TaskOutput
 from pden.training.config import LossConfig
 
@@ -88,7 +89,8 @@ def task_loss(output: TaskOutput, labels: Tensor, weights: LossConfig) -> tuple[
         parts["contrast"] = contrast(output.embeddings, labels, weights)
         total = total + weights.contrast_weight * parts["contrast"]
     if weights.consistency and views > 1:
-        parts["consistency"] = jensen_shannon(output.logits.float())
+        counts = labels != IGNORED if labels.dim() == 3 else None
+        parts["consistency"] = jensen_shannon(output.logits.float(), counts)
         total = total + weights.consistency * parts["consistency"]
     return total, parts
 

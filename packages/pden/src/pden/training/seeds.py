@@ -16,7 +16,7 @@ from expkit.checkpoint import write_text
 from expkit.cli import progress
 from expkit.config import to_toml
 from expkit.errors import UsageError
-from expkit.rundir import evidence, require_same
+from expkit.rundir import default_toml, evidence, require_same
 from pden.data import Home
 from pden.evaluation.table import about, group, markdown, read_result, summarise
 from pden.training.config import TrainConfig
@@ -42,7 +42,7 @@ def train_seeds(
     configs = {seed: to_toml(replace(config, name=names[seed], seed=seed)) for seed in seeds}
     open_seeds = [seed for seed in seeds if not (runs / names[seed] / "result.json").is_file()]
     for seed in set(seeds) - set(open_seeds):
-        require_same(runs / names[seed] / "config.toml", configs[seed])
+        require_same(runs / names[seed] / "config.toml", configs[seed], default_toml(TrainConfig))
     with tempfile.TemporaryDirectory() as folder:
         commands = []
         for seed in open_seeds:
