@@ -97,8 +97,9 @@ def test_recorded_steps_have_the_gradients_of_plain_ones(kinds, dtype):
 
 
 @pytest.mark.gpu
-def test_recorded_steps_of_textured_views_have_the_gradients_of_plain_ones():
-    run = make_trainer(rounds=3, data__randconv=0.5, data__randconv_of="views")
+def test_recorded_steps_of_our_settings_have_the_gradients_of_plain_ones():
+    views = {"data__randconv": 0.5, "data__randconv_of": "views", "data__randaugment": 1.0}
+    run = make_trainer(rounds=3, generator__grid=4, generator__grid_share=0.5, loss__consistency=10.0, **views)
     seen = watch(run)
     finish(run)
     assert seen.count("tune") == 3 * 6
