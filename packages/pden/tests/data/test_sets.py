@@ -132,7 +132,7 @@ def test_held_out_digits_lie_on_the_last_of_cifars_test_pictures(tmp_path, monke
 @pytest.mark.parametrize(
     ("count", "side", "said"),
     [
-        (9500, 28, "mnist-rest-photo has 499 images here and 999 as published"),
+        (9500, 28, "test images: mnist-rest has 499 images here and 999 as published"),
         (10_000, 36, "digits of 36x36 on pictures of 32x32"),
     ],
 )

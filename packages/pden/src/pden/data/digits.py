@@ -44,18 +44,13 @@ COUNTS = {
     "mnist": 60_000,
     "mnist-test": 10_000,
     "mnist-rest": 999,
-    "mnist-rest-photo": 999,
     "usps": 2007,
     "usps-train": 7291,
     "svhn": 26_032,
     "mnist-m": 9001,
     "syn": 9553,
 }
-PARTS = {  # of a published set
-    "mnist10k": slice(None, 10_000),
-    "mnist-rest": slice(9001, None),
-    "mnist-rest-photo": slice(9001, None),
-}
+PARTS = {"mnist10k": slice(None, 10_000), "mnist-rest": slice(9001, None)}  # of a published set
 
 
 def load_digits(name: str, home: Home) -> Domain:
@@ -66,17 +61,23 @@ def load_digits(name: str, home: Home) -> Domain:
     Raises:
         UsageError: it is nowhere and cannot be fetched (says what to put where), or has another number of images.
     """
+    if name == "mnist-rest-photo":
+        return _on_pictures(name, home)
     images, labels = _load(name, home)
     part = PARTS.get(name, slice(None))
     images, labels = images[part], labels[part]
     if len(images) != COUNTS.get(name, len(images)):
         raise UsageError(f"{name} has {len(images)} images here and {COUNTS[name]} as published; fetch its files again")
-    if name == "mnist-rest-photo":
-        try:
-            images = blend_strokes(images, load_cifar("cifar10-test", home).images[part])
-        except UsageError as error:
-            raise UsageError(f"{name} is made of MNIST's and CIFAR-10's test images: {error}") from None
     return Domain(name, images, labels, CLASSES)
+
+
+def _on_pictures(name: str, home: Home) -> Domain:
+    try:
+        digits, pictures = load_digits("mnist-rest", home), load_cifar("cifar10-test", home).images
+        images = blend_strokes(digits.images, pictures[-len(digits) :])
+    except UsageError as error:
+        raise UsageError(f"{name} is made of MNIST's and CIFAR-10's test images: {error}") from None
+    return Domain(name, images, digits.labels, CLASSES)
 
 
 def blend_strokes(images: Tensor, pictures: Tensor) -> Tensor:
@@ -121,7 +122,6 @@ def _torchvision(name: str, home: Home) -> tuple[Tensor, Tensor]:
         "mnist10k": (torchvision.datasets.MNIST, {"train": True}),
         "mnist-test": (torchvision.datasets.MNIST, {"train": False}),
         "mnist-rest": (torchvision.datasets.MNIST, {"train": False}),
-        "mnist-rest-photo": (torchvision.datasets.MNIST, {"train": False}),
         "usps": (torchvision.datasets.USPS, {"train": False}),
         "usps-train": (torchvision.datasets.USPS, {"train": True}),
         "svhn": (torchvision.datasets.SVHN, {"split": "test"}),

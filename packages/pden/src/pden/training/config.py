@@ -146,10 +146,9 @@ class LossConfig:
     mix: bool = True
 
     def __post_init__(self) -> None:
-        weights = (self.safety, self.diversity, self.cycle, self.adversarial, self.contrast_weight, self.off_diagonal)
-        _require(
-            all(0 <= each < inf for each in (*weights, self.consistency)), "loss weights must be numbers of 0 or more"
-        )
+        generator = (self.safety, self.diversity, self.cycle, self.adversarial)
+        weights = (*generator, self.contrast_weight, self.off_diagonal, self.consistency)
+        _require(all(0 <= each < inf for each in weights), "loss weights must be numbers of 0 or more")
         _require(self.diversity_limit > 0, f"loss.diversity_limit is {self.diversity_limit}; it must be positive")
         _require(0 < self.temperature < inf, f"loss.temperature is {self.temperature}; it must be positive")
 
